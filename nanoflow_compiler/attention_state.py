@@ -1,0 +1,112 @@
+"""What attention reads beside its inputs: the KV cache, and the packed metadata of a step by part.
+
+A step packs the tokens of many requests on one axis. Part 0 is the whole step; the other parts are the
+token ranges in which a compiled program runs it, and may begin or end inside a request. The operators
+find the state of the running step through :func:`attention_state`, because it is never a graph input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanoflow_compiler.errors import InvalidProgramError
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
+
+__all__ = ["AttentionPart", "AttentionState", "StepLayout", "attention_state", "current_state"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPart:
+    """The requests of one token range; requests without a token in the range are absent.
+
+    ``context_lens`` counts the tokens that a request has before its first token of this range, wherever
+    they were computed: an earlier step, or an earlier part of the same step.
+    """
+
+    query_starts: Tensor  # [R + 1] int32, first row of each request, then the number of rows
+    context_lens: Tensor  # [R] int32
+    block_tables: Tensor  # [R, most blocks] int32
+    slots: Tensor  # [T] int64, where each token's key and value go
+    plans: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a kernel derives from the metadata, by (window, chunk): made by the first layer, read by all."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.slots.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionState:
+    """The cache and the parts of one step."""
+
+    cache: KVCache
+    parts: tuple[AttentionPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Which request each packed token belongs to, and where its key and value are stored."""
+
+    query_starts: Ints  # [R + 1]
+    context_lens: Ints  # [R]
+    block_tables: Ints  # [R, most blocks]
+    slots: Ints  # [T]
+
+    @classmethod
+    def pack(cls, *, query_lens: Ints, context_lens: Ints, block_tables: Ints) -> "StepLayout":
+        query_starts = np.concatenate([[0], np.cumsum(query_lens)])
+        rows = np.repeat(np.arange(len(query_lens)), query_lens)
+        positions = np.arange(query_starts[-1]) + (context_lens - query_starts[:-1])[rows]
+        blocks = block_tables[rows, positions // BLOCK_SIZE]
+        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        return cls(query_starts, context_lens, block_tables, slots)
+
+    def part(self, start: int, end: int, *, device: torch.device | str = "cpu") -> AttentionPart:
+        """The tokens in ``[start, end)`` of the step."""
+        first = np.maximum(self.query_starts[:-1], start)
+        last = np.minimum(self.query_starts[1:], end)
+        kept = last > first
+        query_starts = np.append(first[kept], end) - start
+        context_lens = (self.context_lens + first - self.query_starts[:-1])[kept]
+
+        def tensor(values: Ints, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(values).to(device, dtype)
+
+        return AttentionPart(
+            query_starts=tensor(query_starts, torch.int32),
+            context_lens=tensor(context_lens, torch.int32),
+            block_tables=tensor(self.block_tables[kept], torch.int32),
+            slots=tensor(self.slots[start:end], torch.int64),
+        )
+
+
+_STATE: ContextVar[AttentionState | None] = ContextVar("nanoflow_attention_state", default=None)
+
+
+@contextmanager
+def attention_state(state: AttentionState) -> Iterator[None]:
+    """Make ``state`` the one that attention reads, in this thread or task."""
+    token = _STATE.set(state)
+    try:
+        yield
+    finally:
+        _STATE.reset(token)
+
+
+def current_state() -> AttentionState:
+    state = _STATE.get()
+    if state is None:
+        raise InvalidProgramError(
+            "attention ran without a KV cache; call the model inside `with attention_state(state):`",
+            where="run",
+        )
+    return state
