@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoflow_compiler.attention_state import AttentionPart
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
-__all__ = ["Group", "Visibility", "plan_of"]
+__all__ = ["Bools", "Group", "Ints", "Visibility", "plan_of"]
 
 # Bounds the mask of a tile, which has a row per query and a column per visible key.
 TILE_ROWS = 512

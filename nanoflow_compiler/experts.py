@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "ExpertWeights", "run_experts"]
+__all__ = ["ACTIVATIONS", "ExpertWeights", "activate", "run_experts"]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -34,6 +34,16 @@ def _clamped_swiglu(gate_up: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def activate(x: Tensor, *, name: str, gated: bool) -> Tensor:
+    """What lies between the two matrix products of an expert; a gate halves the size."""
+    if name == "clamped_swiglu":
+        return _clamped_swiglu(x)
+    if not gated:
+        return ACTIVATIONS[name](x)
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[name](gate) * up
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """All experts of one layer, stacked on the first dimension.
@@ -51,21 +61,16 @@ class ExpertWeights:
     transposed: bool
 
     def __call__(self, x: Tensor, *, expert: int) -> Tensor:
-        inner = self._activate(self._linear(x, self.up[expert], self.up_bias, expert))
+        inner = activate(
+            self._linear(x, self.up[expert], self.up_bias, expert),
+            name=self.activation,
+            gated=self.gated,
+        )
         return self._linear(inner, self.down[expert], self.down_bias, expert)
 
     def _linear(self, x: Tensor, weight: Tensor, biases: Tensor | None, expert: int) -> Tensor:
         bias = None if biases is None else biases[expert]
         return functional.linear(x, weight.t() if self.transposed else weight, bias)
-
-    def _activate(self, x: Tensor) -> Tensor:
-        if self.activation == "clamped_swiglu":
-            return _clamped_swiglu(x)
-        activation = ACTIVATIONS[self.activation]
-        if not self.gated:
-            return activation(x)
-        gate, up = x.chunk(2, dim=-1)
-        return activation(gate) * up
 
 
 def run_experts(

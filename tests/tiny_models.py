@@ -79,7 +79,9 @@ def qwen3(**changes: Any) -> hf.PreTrainedModel:
 def gemma2(**changes: Any) -> hf.PreTrainedModel:
     heads = {"head_dim": 8, "query_pre_attn_scalar": 6, "sliding_window": SLIDING_WINDOW}
     softcaps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
-    return build(hf.Gemma2Config(**_common(**(heads | softcaps | changes))))
+    # The SDPA path of transformers drops the softcap without a word.
+    settings = heads | softcaps | {"attn_implementation": "eager"} | changes
+    return build(hf.Gemma2Config(**_common(**settings)))
 
 
 def gemma3(**changes: Any) -> hf.PreTrainedModel:
