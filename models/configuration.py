@@ -1,0 +1,60 @@
+"""From a configuration as JSON to one that is known to describe a decoder."""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+)
+
+from nanoflow_compiler.errors import ModelLoadError
+
+__all__ = ["make_config"]
+
+
+def make_config(
+    values: dict[str, Any], *, where: str, num_hidden_layers: int | None = None
+) -> PretrainedConfig:
+    """The configuration of a causal LM, with another number of layers if asked.
+
+    Refuses what is not a decoder or not known to the installed transformers; ``where`` is for messages.
+    """
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ModelLoadError(
+            f"{where}: architecture {model_type!r} is unknown to the installed transformers; "
+            "upgrade transformers, or check model_type in config.json"
+        )
+    if num_hidden_layers is not None:
+        values = _with_layers(values, num_hidden_layers)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:  # each configuration class validates in its own way
+        reason = " ".join(str(error).split())
+        raise ModelLoadError(
+            f"{where}: bad configuration: {reason}; correct config.json"
+        ) from error
+    _check_decoder(config, where=where)
+    return config
+
+
+def _with_layers(values: dict[str, Any], count: int) -> dict[str, Any]:
+    if count < 1:
+        raise ModelLoadError(f"num_hidden_layers must be at least 1, not {count}")
+    changed = {**values, "num_hidden_layers": count}
+    if layer_types := values.get("layer_types"):
+        changed["layer_types"] = layer_types[:count]
+    return changed
+
+
+def _check_decoder(config: PretrainedConfig, *, where: str) -> None:
+    kind = type(config)
+    # BERT and its family are in both tables: as language models they look both ways unless told.
+    two_way = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or two_way or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelLoadError(
+            f"{where}: {config.model_type} is not a decoder-only language model; "
+            "pass one, such as smollm2-135m"
+        )
