@@ -1,0 +1,140 @@
+"""The one function that makes a ``Decoder``."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoflow_compiler.errors import ConfigError, ModelLoadError
+from nanoflow_compiler.models.checkpoint import read_json
+from nanoflow_compiler.models.configuration import make_config
+from nanoflow_compiler.models.decoder import Decoder, eos_token_ids, max_model_len
+from nanoflow_compiler.models.gguf import load_gguf
+from nanoflow_compiler.models.locate import resolve_model
+from nanoflow_compiler.models.progress import progress_bar
+from nanoflow_compiler.models.published import CATALOG, catalog_config, catalog_names
+from nanoflow_compiler.models.quiet import quiet_transformers
+from nanoflow_compiler.models.weights import check_finite, random_weights, read_weights
+
+__all__ = ["LoadFormat", "load_decoder"]
+
+LoadFormat = Literal["auto", "dummy"]
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def load_decoder(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    load_format: LoadFormat = "auto",
+    num_hidden_layers: int | None = None,
+) -> Decoder:
+    """Load the decoder that ``name_or_path`` names: a path, an alias, a hub id or a catalog entry.
+
+    ``dtype="auto"`` is that of the checkpoint. ``load_format="dummy"`` takes the configuration alone,
+    with random weights; only then may ``num_hidden_layers`` differ from it.
+    """
+    chosen, place = _parse_dtype(dtype), _parse_device(device)
+    if load_format not in get_args(LoadFormat):
+        raise ConfigError(f"load_format must be auto or dummy, not {load_format!r}")
+    if load_format == "dummy":
+        path, config = _find_config(name_or_path, num_hidden_layers=num_hidden_layers)
+        model = random_weights(config, dtype=chosen, device=place)
+        return _decoder(model, _load_tokenizer(path), path=path, name=str(name_or_path))
+    if num_hidden_layers is not None:
+        raise ConfigError('num_hidden_layers can be changed only with load_format="dummy"')
+    path = resolve_model(name_or_path)
+    model, tokenizer = _load(path, dtype=chosen)
+    check_finite(model, where=str(path))
+    folder = path if path.is_dir() else path.parent
+    torch.nn.Module.to(model, place)  # in place; the wrapper of transformers hides the signature
+    return _decoder(model, tokenizer, path=folder, name=str(name_or_path))
+
+
+def _load(
+    path: Path, *, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype=dtype)
+    config = make_config(read_json(path / "config.json"), where=str(path))
+    with progress_bar(f"Loading {path.name}"):
+        return read_weights(path, config, dtype=dtype), _load_tokenizer(path)
+
+
+def _find_config(
+    name_or_path: str | Path, *, num_hidden_layers: int | None
+) -> tuple[Path, PretrainedConfig]:
+    name = str(name_or_path)
+    if name in catalog_names() and not Path(name).exists():
+        path, values = CATALOG, catalog_config(name)
+    else:
+        path = resolve_model(name_or_path, weights=False)
+        if path.suffix == ".gguf":
+            raise ModelLoadError(
+                f'{path}: load_format="dummy" needs a config.json, not a GGUF file'
+            )
+        values = read_json(path / "config.json")
+    return path, make_config(values, where=name, num_hidden_layers=num_hidden_layers)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+    except Exception as error:  # tokenizers raise whatever they trip over
+        reason = " ".join(str(error).split())
+        raise ModelLoadError(
+            f"{folder}: the tokenizer cannot be loaded: {reason}; download its files again"
+        ) from error
+    return tokenizer
+
+
+def _decoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, path: Path, name: str
+) -> Decoder:
+    model.eval().requires_grad_(False)
+    return Decoder(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        path=path,
+        name=name,
+        max_model_len=max_model_len(model.config),
+        eos_token_ids=eos_token_ids(
+            model.generation_config, model.config.get_text_config(), tokenizer
+        ),
+    )
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """``None`` means: as the checkpoint."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device} was asked for, but torch sees no GPU here; use cpu")
+    return place
