@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from nanoflow_compiler.errors import ModelLoadError
+from nanoflow_compiler.models.messages import one_line
 
 __all__ = ["make_config"]
 
@@ -32,9 +33,8 @@ def make_config(
     try:
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # each configuration class validates in its own way
-        reason = " ".join(str(error).split())
         raise ModelLoadError(
-            f"{where}: bad configuration: {reason}; correct config.json"
+            f"{where}: bad configuration: {one_line(error)}; correct config.json"
         ) from error
     _check_decoder(config, where=where)
     return config

@@ -19,6 +19,7 @@ from transformers import (
 
 from nanoflow_compiler.errors import ModelLoadError
 from nanoflow_compiler.models.gguf_header import GGUFHeader, read_gguf_header
+from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.quiet import quiet_transformers
 
@@ -59,7 +60,7 @@ def load_gguf(
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the converters of transformers raise whatever they trip over
         raise ModelLoadError(
-            f"{file} (architecture {header.architecture}) cannot be converted: {error}; "
+            f"{file} (architecture {header.architecture}) cannot be converted: {one_line(error)}; "
             "use the safetensors version of this model"
         ) from error
     return model, _corrected(tokenizer, header)

@@ -12,6 +12,7 @@ from nanoflow_compiler.models.configuration import make_config
 from nanoflow_compiler.models.decoder import Decoder, eos_token_ids, max_model_len
 from nanoflow_compiler.models.gguf import load_gguf
 from nanoflow_compiler.models.locate import resolve_model
+from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.published import CATALOG, catalog_config, catalog_names
 from nanoflow_compiler.models.quiet import quiet_transformers
@@ -95,9 +96,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
                 folder, local_files_only=True
             )
     except Exception as error:  # tokenizers raise whatever they trip over
-        reason = " ".join(str(error).split())
         raise ModelLoadError(
-            f"{folder}: the tokenizer cannot be loaded: {reason}; download its files again"
+            f"{folder}: the tokenizer cannot be loaded: {one_line(error)}; download its files again"
         ) from error
     return tokenizer
 

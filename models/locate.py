@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nanoflow_compiler.errors import ModelLoadError
 from nanoflow_compiler.models.alias import ALIASES, resolve_alias
+from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.published import catalog_config, catalog_names
 
 __all__ = ["resolve_model"]
@@ -73,7 +74,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
         raise ModelLoadError(f"the hub has no model {hub_id}; {_hint(hub_id)}") from error
     except (OSError, ValueError) as error:  # no network, no such revision, refused, disk full
         raise ModelLoadError(
-            f"cannot fetch {hub_id} from the hub ({_first_line(error)}); {_hint(hub_id)}, "
+            f"cannot fetch {hub_id} from the hub ({one_line(error)}); {_hint(hub_id)}, "
             "or pass the path of a directory that holds the model"
         ) from error
     return _local(Path(folder))
@@ -84,7 +85,3 @@ def _hint(name: str) -> str:
     if near := get_close_matches(name, known, n=1):
         return f"did you mean {near[0]}?"
     return f"check the name and the network; names that need neither: {', '.join(ALIASES)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nanoflow_compiler.errors import ModelLoadError
 from nanoflow_compiler.models.checkpoint import check_checkpoint
+from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.quiet import quiet_transformers
 
@@ -32,9 +33,8 @@ def read_weights(
                 output_loading_info=True,
             )
     except Exception as error:  # loaders of transformers raise whatever they trip over
-        reason = " ".join(str(error).split())
         raise ModelLoadError(
-            f"{folder} cannot be loaded: {reason}; check that weights and config.json belong together"
+            f"{folder} cannot be loaded: {one_line(error)}; check that weights and config.json belong together"
         ) from error
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     _check_complete(folder, sorted(report["missing_keys"]))
