@@ -1,0 +1,1 @@
+"""The engine: requests in, batches through a compiled step, tokens out."""

@@ -1,0 +1,271 @@
+"""``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypedDict
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoflow_compiler.config import CompileConfig
+from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.engine_config import (
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
+    EngineConfig,
+)
+from nanoflow_compiler.engine.outputs import CompletionOutput, RequestOutput, TokenDelta
+from nanoflow_compiler.engine.request import Request
+from nanoflow_compiler.engine.runner import EagerStep, ModelRunner, StepFn
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.errors import ConfigError, EngineClosedError
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
+from nanoflow_compiler.models import Decoder, load_decoder
+from nanoflow_compiler.models.decoder import eos_token_ids, max_model_len
+from nanoflow_compiler.models.hf import PackedDecoder
+
+__all__ = ["LLM", "Prompt", "TokensPrompt"]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is tokenized already."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | TokensPrompt
+
+
+class LLM:
+    """Generates text for batches of prompts; close it, or use it as a context manager."""
+
+    def __init__(  # noqa: PLR0913 - each is a setting of its own, named as vLLM names it
+        self,
+        model: str | Path | Decoder | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        num_kv_blocks: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        seed: int = 0,
+        load_format: Literal["auto", "dummy"] = "auto",
+        enforce_eager: bool = False,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
+        """``options`` are those of ``torch.compile(..., backend="nanoflow", options=...)``."""
+        if tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size={tensor_parallel_size}: this engine runs on one device"
+            )
+        compile_config = CompileConfig.from_options(options)
+        served = _Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
+        config = EngineConfig(
+            max_model_len=served.max_model_len if max_model_len is None else max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_kv_blocks=num_kv_blocks,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            seed=seed,
+        )
+        if config.max_model_len > served.max_model_len:
+            raise ConfigError(
+                f"max_model_len={config.max_model_len} is more than the {served.max_model_len} "
+                "tokens that the model's positions hold"
+            )
+        packed = PackedDecoder(served.model, max_length=config.max_model_len)
+        self.config = config
+        self.tokenizer = served.tokenizer
+        self._path = served.path
+        self._core: EngineCore | None = _make_core(
+            packed,
+            served=served,
+            config=config,
+            compile_config=None if enforce_eager else compile_config,
+        )
+
+    @property
+    def model_path(self) -> Path | None:
+        """The local directory of the model; ``None`` where it was given as a module."""
+        return self._path
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in the order of the prompts.
+
+        All prompts are checked before any of them runs.
+        """
+        core = self._open_core()
+        listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _one_per_prompt(sampling_params, num_prompts=len(listed))
+        requests = [
+            core.make_request(self._token_ids(prompt), params=one)
+            for prompt, one in zip(listed, params, strict=True)
+        ]
+        ends = {delta.request_id: delta for delta in _run(core, requests)}
+        return [
+            _output(index, prompt, request, ends[request.request_id])
+            for index, (prompt, request) in enumerate(zip(listed, requests, strict=True))
+        ]
+
+    def close(self) -> None:
+        """Give back the KV cache; a closed engine accepts no more prompts."""
+        self._core = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_core(self) -> EngineCore:
+        if self._core is None:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        return self._core
+
+    def _token_ids(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt["prompt_token_ids"]
+        if self.tokenizer is None:
+            raise ConfigError(
+                "the model has no tokenizer: pass one, or prompts as {'prompt_token_ids': [...]}"
+            )
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What the engine needs of a model, however the user named it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    path: Path | None
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def find(
+        cls,
+        model: str | Path | Decoder | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dtype: str | torch.dtype,
+        load_format: Literal["auto", "dummy"],
+    ) -> "_Served":
+        if isinstance(model, str | Path):
+            model = load_decoder(model, dtype=dtype, load_format=load_format)
+        elif dtype != "auto" or load_format != "auto":
+            raise ConfigError(
+                "dtype and load_format are for models given by name; this one is loaded"
+            )
+        if isinstance(model, Decoder):
+            return cls(
+                model=model.model,
+                tokenizer=tokenizer or model.tokenizer,
+                path=model.path,
+                max_model_len=model.max_model_len,
+                eos_token_ids=model.eos_token_ids,
+            )
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            path=None,
+            max_model_len=max_model_len(model.config),
+            eos_token_ids=eos_token_ids(model.generation_config, model.config),
+        )
+
+
+def _make_core(
+    packed: PackedDecoder,
+    *,
+    served: _Served,
+    config: EngineConfig,
+    compile_config: CompileConfig | None,
+) -> EngineCore:
+    bytes_per_block = BLOCK_SIZE * sum(layer.bytes_per_token for layer in packed.layers)
+    usable = config.count_blocks(block_size=BLOCK_SIZE, bytes_per_block=bytes_per_block)
+    cache = KVCache.allocate(packed.layers, num_blocks=usable + 1, device=packed.device)
+    allocator = BlockAllocator(usable + 1, block_size=BLOCK_SIZE)
+    return EngineCore(
+        _make_runner(packed, cache=cache, compile_config=compile_config),
+        batcher=Batcher(
+            allocator,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        ),
+        tokenizer=served.tokenizer,
+        eos_token_ids=served.eos_token_ids,
+        max_model_len=config.max_model_len,
+        seed=config.seed,
+    )
+
+
+def _make_runner(
+    packed: PackedDecoder, *, cache: KVCache, compile_config: CompileConfig | None
+) -> ModelRunner:
+    if compile_config is None:
+        return ModelRunner(EagerStep(packed), cache=cache)
+    # Imported here, because an eager engine needs no compiler.
+    from nanoflow_compiler.compiler import compile_packed
+
+    step: StepFn = compile_packed(packed, compile_config)
+    # Sizes 0 and 1 are constants to torch.compile, so a graph for any size is one for 2 and more.
+    return ModelRunner(step, cache=cache, min_rows=2)
+
+
+def _one_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, *, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise ConfigError(
+            f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
+        )
+    return params
+
+
+def _run(core: EngineCore, requests: Sequence[Request]) -> Iterator[TokenDelta]:
+    """The last token of each request; whatever stops the loop, none is left in the engine."""
+    try:
+        for request in requests:
+            core.add(request)
+        while core.has_requests:
+            yield from (delta for delta in core.step() if delta.finish_reason)
+    finally:
+        for request in requests:
+            core.abort(request.request_id)
+
+
+def _output(index: int, prompt: Prompt, request: Request, end: TokenDelta) -> RequestOutput:
+    assert end.finish_reason is not None
+    output = CompletionOutput(
+        index=0,
+        text=end.text,
+        token_ids=tuple(request.token_ids[len(request.prompt_token_ids) :]),
+        finish_reason=end.finish_reason,
+    )
+    return RequestOutput(
+        request_id=str(index),
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=(output,),
+    )
