@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,8 @@ from nanoflow_compiler.errors import ConfigError, NanoflowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanoflow_compiler import RequestOutput
+    from nanoflow_compiler.engine.llm import Prompt
+    from nanoflow_compiler.engine.outputs import RequestOutput
 
 __all__ = ["app", "main"]
 
@@ -62,6 +63,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     dtype: Dtype = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer, tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Prompts at the same time.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one step; longer prompts take several.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="Do not compile; for comparison.")
+    ] = False,
     parts: Annotated[str, typer.Option(help="Nano-batches of each operation, or auto.")] = "auto",
     backend: Annotated[str | None, typer.Option(help="codegen or reference.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write every compile step here.")] = None,
@@ -81,12 +89,15 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    options = {"parts": _parse_parts(parts), "backend": backend, "dump": dump}
-    engine = {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "options": {key: value for key, value in options.items() if value is not None},
-    }
+    options = _given(parts=_parse_parts(parts), backend=backend, dump=dump)
+    engine = _given(
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enforce_eager=enforce_eager,
+        options=options,
+    )
     with _errors_as_one_line(verbose=verbose):
         _generate(model, _read_prompts(prompt, prompt_file), sampling, engine, chat=chat)
 
@@ -170,6 +181,11 @@ def _read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     return prompts
 
 
+def _given(**settings: object) -> dict[str, Any]:
+    """What the user set: the rest keeps the defaults of the engine and the compiler."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _parse_parts(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
@@ -180,7 +196,7 @@ def _apply_template(
     *,
     model: str,
     chat: bool | None,
-) -> list[str] | list[list[int]]:
+) -> "Sequence[Prompt]":
     """Token ids for a chat: the template's text holds special tokens that must not be added twice."""
     template = getattr(tokenizer, "chat_template", None)
     if tokenizer is None or template is None:
@@ -193,7 +209,7 @@ def _apply_template(
     ids = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, return_dict=False
     )
-    return cast("list[list[int]]", ids)
+    return [{"prompt_token_ids": one} for one in cast("list[list[int]]", ids)]
 
 
 def _print_answers(prompts: list[str], outputs: "list[RequestOutput]") -> None:
