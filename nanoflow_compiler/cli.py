@@ -226,7 +226,7 @@ def _print_speed(outputs: "list[RequestOutput]", seconds: dict[str, float]) -> N
     typer.echo(f"[{num_tokens} tokens, {rate:.1f} tokens/s; {stages}]", err=True)
 
 
-def _print_report(model: str, **loading: Any) -> None:  # noqa: ANN401  # keywords of load_decoder
+def _print_report(model: str, **loading: Any) -> None:
     from nanoflow_compiler.compiler import inspect
     from nanoflow_compiler.models import load_decoder
 
@@ -262,7 +262,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu_names(cuda: Any) -> Iterator[str]:  # noqa: ANN401  # the module torch.cuda
+def _gpu_names(cuda: Any) -> Iterator[str]:
     for index in range(cuda.device_count()):
         properties = cuda.get_device_properties(index)
         yield f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"

@@ -178,6 +178,12 @@ def test_check_of_a_model_that_is_not_there():
     assert result.stderr == "nanoflow: /no/such/model: no such file or directory; check the path\n"
 
 
+def test_help_imports_no_torch():
+    code = "import nanoflow_compiler.cli, sys; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "False\n"
+
+
 def test_real_model_in_a_process(smollm2):
     command = [*NANOFLOW, "generate", str(smollm2.path), "--max-tokens", "16"]
     command += ["--prompt", "What is the capital of France?"]

@@ -14,14 +14,7 @@ import nanoflow_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("backends", "models", "passes")
-PUBLIC = {
-    "LLM",
-    "CompletionOutput",
-    "RequestOutput",
-    "SamplingParams",
-    "compile",
-    "nanoflow",
-}
+PUBLIC = {"LLM", "CompileConfig", "SamplingParams", "nanoflow"}
 
 
 def tracked_files():
