@@ -1,0 +1,213 @@
+"""``LLM`` against transformers' generate: same tokens alone, batched, chunked, preempted."""
+
+import pytest
+import torch
+
+from nanoflow_compiler.engine.llm import LLM
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.errors import (
+    ConfigError,
+    EmptyPromptError,
+    EngineClosedError,
+    OutOfBlocksError,
+    PromptTooLongError,
+    UnsupportedGraphError,
+)
+from tiny_models import BUILDERS, MAX_LENGTH, llama
+from tiny_tokenizers import byte_tokenizer
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PACKABLE = sorted(BUILDERS.keys() - {"falcon"})
+
+
+def make_prompts(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
+
+
+def as_prompts(ids):
+    return [{"prompt_token_ids": tokens} for tokens in ids]
+
+
+def tokens_of(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def reference(model, prompts, *, max_tokens):
+    """Greedy continuations, one prompt at a time, through transformers."""
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+        expected.append(out[0, len(prompt) :].tolist())
+    return expected
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_greedy_tokens_equal_transformers(name):
+    model = BUILDERS[name]()
+    prompts = make_prompts(70, 1, 13, 30, 5)
+    expected = reference(model, prompts, max_tokens=12)
+    for settings in ({}, {"max_num_batched_tokens": 7}, {"max_num_seqs": 2}):
+        with LLM(model, enforce_eager=True, **settings) as llm:
+            assert tokens_of(llm.generate(as_prompts(prompts), GREEDY)) == expected
+    # The model itself is untouched by the engines that shared its weights.
+    assert reference(model, prompts[:1], max_tokens=12) == expected[:1]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("budget", [5, 2048])
+def test_preemption_changes_no_token(name, budget):
+    model = BUILDERS[name](eos_token_id=None)
+    prompts = make_prompts(60, 62, 58, 3)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    with LLM(model, enforce_eager=True, num_kv_blocks=3, max_num_batched_tokens=budget) as llm:
+        with pytest.warns(RuntimeWarning, match="Raise num_kv_blocks"):
+            outputs = llm.generate(as_prompts(prompts), params)
+        assert llm._core.batcher.num_preemptions > 0
+        assert llm._core.batcher.allocator.num_free == 3
+    assert tokens_of(outputs) == reference(model, prompts, max_tokens=40)
+
+
+def test_a_model_without_the_interface_is_refused():
+    with pytest.raises(UnsupportedGraphError, match="FalconForCausalLM computes attention itself"):
+        LLM(BUILDERS["falcon"](), enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(llama(vocab_size=300), tokenizer=byte_tokenizer(), enforce_eager=True) as llm:
+        yield llm
+
+
+def generate(llm, prompt="Hello", **params):
+    (output,) = llm.generate(prompt, SamplingParams(**({"temperature": 0} | params)))
+    return output.prompt_token_ids, output.outputs[0]
+
+
+def test_shapes_of_prompts_and_outputs(llm):
+    one = llm.generate("Hi", GREEDY)
+    ids = tuple(llm.tokenizer("Hi")["input_ids"])
+    assert one[0].prompt == "Hi"
+    assert one[0].prompt_token_ids == ids
+    assert one == llm.generate(["Hi"], [GREEDY])
+    tokens = llm.generate({"prompt_token_ids": list(ids)}, GREEDY)
+    assert tokens[0].prompt is None
+    assert tokens[0].outputs == one[0].outputs
+    assert llm.generate([]) == []
+    assert llm.model_path is None
+
+
+def test_length_and_end_tokens(llm):
+    _, output = generate(llm, max_tokens=8, ignore_eos=True)
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 8
+    assert output.text == llm.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+    end = output.token_ids[3]
+    first = output.token_ids.index(end)
+    _, stopped = generate(llm, max_tokens=8, ignore_eos=True, stop_token_ids=[end])
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == output.token_ids[: first + 1]
+    assert stopped.text == llm.tokenizer.decode(output.token_ids[:first], skip_special_tokens=True)
+    _, kept = generate(llm, max_tokens=8, min_tokens=6, ignore_eos=True, stop_token_ids=[end])
+    assert len(kept.token_ids) >= 6
+    assert end not in kept.token_ids[:6]
+
+
+def test_stop_strings(llm):
+    text = generate(llm, max_tokens=30, ignore_eos=True)[1].text
+    stop = text[5:8]
+    _, output = generate(llm, max_tokens=30, ignore_eos=True, stop=stop)
+    assert output.finish_reason == "stop"
+    assert output.text == text[: text.index(stop)]
+    _, output = generate(
+        llm, max_tokens=30, ignore_eos=True, stop=stop, include_stop_str_in_output=True
+    )
+    assert output.text == text[: text.index(stop) + len(stop)]
+
+
+def test_seeds_hold_in_any_company(llm):
+    params = SamplingParams(seed=5, max_tokens=12, ignore_eos=True)
+    other = SamplingParams(max_tokens=12, top_k=5, ignore_eos=True)
+    (alone,) = llm.generate("Hello", params)
+    among = llm.generate(["Hello", "abc", "a longer prompt"], [params, other, other])
+    assert among[0].outputs == alone.outputs
+    assert generate(llm, temperature=1.0, seed=6, ignore_eos=True)[1] != alone.outputs[0]
+    assert among[1].outputs[0].token_ids != among[2].outputs[0].token_ids
+
+
+def test_the_context_bounds_the_output(llm):
+    prompt = "x" * (MAX_LENGTH - 3)
+    _, output = generate(llm, prompt, max_tokens=None, ignore_eos=True)
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 3
+
+
+def test_prompts_are_checked_before_any_runs(llm):
+    with pytest.raises(EmptyPromptError):
+        llm.generate(["fine", ""])
+    with pytest.raises(PromptTooLongError, match=f"max_model_len={MAX_LENGTH}"):
+        llm.generate(["fine", "x" * MAX_LENGTH])
+    with pytest.raises(ConfigError, match="2 sampling_params for 1 prompts"):
+        llm.generate(["fine"], [GREEDY, GREEDY])
+    assert not llm._core.has_requests
+
+
+def test_an_error_inside_a_step_leaves_no_request_behind(llm, monkeypatch):
+    def fail(_prepared):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(llm._core.runner, "run", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        llm.generate(["a", "b"], GREEDY)
+    assert not llm._core.has_requests
+    allocator = llm._core.batcher.allocator
+    assert allocator.num_free == allocator.num_usable
+
+
+def test_settings_are_checked():
+    model = llama()
+    for settings, message in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_model_len": MAX_LENGTH + 1}, "max_model_len"),
+        ({"num_kv_blocks": 1, "kv_cache_memory_bytes": 10**6}, "not both"),
+        ({"kv_cache_memory_bytes": 10}, "holds no block"),
+        ({"dtype": "bfloat16"}, "given by name"),
+        ({"options": {"partz": 2}}, "partz"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(model, enforce_eager=True, **settings)
+
+
+def test_a_prompt_beyond_the_cache_is_refused():
+    with LLM(llama(), enforce_eager=True, num_kv_blocks=1) as llm:
+        with pytest.raises(OutOfBlocksError, match="kv_cache_memory_bytes"):
+            llm.generate({"prompt_token_ids": [5] * 60}, GREEDY)
+        llm.generate({"prompt_token_ids": [5] * 50}, GREEDY)
+
+
+def test_without_a_tokenizer():
+    with LLM(llama(), enforce_eager=True) as llm:
+        with pytest.raises(ConfigError, match="prompt_token_ids"):
+            llm.generate("text")
+        with pytest.raises(ConfigError, match="stop_token_ids"):
+            llm.generate({"prompt_token_ids": [5]}, SamplingParams(stop="x"))
+        (output,) = llm.generate({"prompt_token_ids": [5]}, GREEDY)
+        assert output.outputs[0].text == ""
+
+
+def test_a_closed_engine_refuses():
+    llm = LLM(llama(), enforce_eager=True)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineClosedError):
+        llm.generate({"prompt_token_ids": [5]})
+
+
+def test_kv_cache_memory_bytes_sets_the_blocks():
+    # Two layers, two heads of 8 for keys and for values, 4 bytes each.
+    bytes_per_block = 64 * 2 * 2 * 2 * 8 * 4
+    with LLM(llama(), enforce_eager=True, kv_cache_memory_bytes=5 * bytes_per_block + 1) as llm:
+        assert llm._core.batcher.allocator.num_usable == 5
