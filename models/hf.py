@@ -34,7 +34,7 @@ class PackedDecoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, max_length: int) -> None:
         super().__init__()
-        _refuse_unpackable(model)
+        _refuse_unpackable(model, max_length=max_length)
         self.model = _share_parameters(model)
         self.max_length = max_length
         self.keeps_rows = "logits_to_keep" in _parameters(model)
@@ -76,7 +76,7 @@ def _parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _refuse_unpackable(model: PreTrainedModel) -> None:
+def _refuse_unpackable(model: PreTrainedModel, *, max_length: int) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedGraphError(f"{name} is an encoder-decoder; only decoders can be packed")
@@ -89,6 +89,22 @@ def _refuse_unpackable(model: PreTrainedModel) -> None:
             f"{name}.forward takes no position_ids: it counts positions from the start of its "
             "input, where a packed step has tokens of many requests"
         )
+
+    if any(_scales_by_row(module, max_length) for module in model.modules()):
+        raise UnsupportedGraphError(
+            f"{name} scales queries by their row in the input (attn_temperature_tuning): right for "
+            "one sequence, wrong for packed ones. Lower max_model_len below its floor_scale, where "
+            "the scale is 1"
+        )
+
+
+def _scales_by_row(module: nn.Module, max_length: int) -> bool:
+    floor_scale = getattr(module, "floor_scale", None)
+    return (
+        isinstance(floor_scale, int | float)
+        and bool(getattr(module, "attn_temperature_tuning", False))
+        and max_length >= floor_scale
+    )
 
 
 def _share_parameters(model: PreTrainedModel) -> PreTrainedModel:

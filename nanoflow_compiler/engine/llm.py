@@ -27,6 +27,7 @@ from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models import Decoder, load_decoder
 from nanoflow_compiler.models.decoder import eos_token_ids, max_model_len
 from nanoflow_compiler.models.hf import PackedDecoder
+from nanoflow_compiler.models.verify import verify_packed
 
 __all__ = ["LLM", "Prompt", "TokensPrompt"]
 
@@ -81,6 +82,7 @@ class LLM:
                 "tokens that the model's positions hold"
             )
         packed = PackedDecoder(served.model, max_length=config.max_model_len)
+        verify_packed(packed)
         self.config = config
         self.tokenizer = served.tokenizer
         self._path = served.path

@@ -257,6 +257,11 @@ def test_what_cannot_be_packed_is_refused(make, message):
         PackedDecoder(make(), max_length=64)
 
 
+def test_rows_that_scale_queries_are_refused_where_they_would():
+    with pytest.raises(UnsupportedGraphError, match="attn_temperature_tuning"):
+        PackedDecoder(llama4(), max_length=8192)
+
+
 class OddExperts(torch.nn.Module):
     def __init__(self):
         super().__init__()
