@@ -54,7 +54,7 @@ def load_decoder(
     if num_hidden_layers is not None:
         raise ConfigError('num_hidden_layers can be changed only with load_format="dummy"')
     path = resolve_model(name_or_path)
-    model, tokenizer = _load(path, dtype=chosen)
+    model, tokenizer = _load(path, dtype=chosen, label=f"Loading {name_or_path}")
     check_finite(model, where=str(path))
     folder = path if path.is_dir() else path.parent
     torch.nn.Module.to(model, place)  # in place; the wrapper of transformers hides the signature
@@ -62,12 +62,12 @@ def load_decoder(
 
 
 def _load(
-    path: Path, *, dtype: torch.dtype | None
+    path: Path, *, dtype: torch.dtype | None, label: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if path.suffix == ".gguf":
         return load_gguf(path, dtype=dtype)
     config = make_config(read_json(path / "config.json"), where=str(path))
-    with progress_bar(f"Loading {path.name}"):
+    with progress_bar(label):
         return read_weights(path, config, dtype=dtype), _load_tokenizer(path)
 
 

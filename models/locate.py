@@ -6,7 +6,6 @@ from pathlib import Path
 
 from nanoflow_compiler.errors import ModelLoadError
 from nanoflow_compiler.models.alias import ALIASES, resolve_alias
-from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.published import catalog_config, catalog_names
 
 __all__ = ["resolve_model"]
@@ -74,7 +73,7 @@ def _download(hub_id: str, *, weights: bool) -> Path:
         raise ModelLoadError(f"the hub has no model {hub_id}; {_hint(hub_id)}") from error
     except (OSError, ValueError) as error:  # no network, no such revision, refused, disk full
         raise ModelLoadError(
-            f"cannot fetch {hub_id} from the hub ({one_line(error)}); {_hint(hub_id)}, "
+            f"cannot fetch {hub_id} from the hub ({_cause(error)}); {_hint(hub_id)}, "
             "or pass the path of a directory that holds the model"
         ) from error
     return _local(Path(folder))
@@ -85,3 +84,8 @@ def _hint(name: str) -> str:
     if near := get_close_matches(name, known, n=1):
         return f"did you mean {near[0]}?"
     return f"check the name and the network; names that need neither: {', '.join(ALIASES)}"
+
+
+def _cause(error: Exception) -> str:
+    """The first line: the rest is advice that fits other programs."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
