@@ -1,0 +1,251 @@
+"""Python text of a Program: which line computes what, under which name."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
+from nanoflow_compiler.graphs import is_size, size_hint
+from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
+from nanoflow_compiler.ir.replay import is_order
+
+__all__ = ["Function", "write_function"]
+
+# Called often enough for the cheaper spelling to be worth a row.
+_SHORT = {
+    "aten.mm.default": "torch.mm",
+    "aten.addmm.default": "torch.addmm",
+    "aten.bmm.default": "torch.bmm",
+    "aten.reshape.default": "torch.reshape",
+    "aten.transpose.int": "torch.transpose",
+    "aten.unsqueeze.default": "torch.unsqueeze",
+}
+_HANDLE = "NO_BYTES"
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """Source of ``run(inputs, cuts)``, and what the names in it stand for beside torch."""
+
+    source: str
+    names: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Line:
+    text: str
+    makes: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Writer:
+    program: Program
+    unit: Unit
+    kernel_of: Callable[[Op], Any] | None
+    lines: list[_Line] = field(default_factory=list)
+    names: dict[str, Any] = field(default_factory=dict)
+    layer: int | None = None
+
+    def comment(self, text: str) -> None:
+        self.lines.append(_Line(f"# {text}"))
+
+    def add(self, text: str, *, makes: Iterable[str], uses: Iterable[str]) -> None:
+        self.lines.append(_Line(text, tuple(makes), tuple(uses)))
+
+
+def write_function(
+    program: Program, *, unit: Unit, kernel_of: Callable[[Op], Any] | None, title: str
+) -> Function:
+    """The function of a program; clusters call ``kernel_of(op)``, or are spelled out if None."""
+    writer = _Writer(program, unit, kernel_of)
+    for instruction in program.instructions:
+        match instruction:
+            case Launch():
+                _launch(writer, instruction)
+            case Split():
+                _split(writer, instruction)
+            case Merge():
+                _merge(writer, instruction)
+            case Record() | Wait():
+                writer.comment(str(instruction))
+    return Function(_assemble(writer, title), writer.names)
+
+
+def variable(name: str, span: Span | None = None) -> str:
+    """A Python name for a value, or for some cells of it."""
+    clean = re.sub(r"\W", "_", name)
+    return clean if span is None or span.dim is None else f"{clean}_c{span.first}_{span.last}"
+
+
+def _launch(writer: _Writer, launch: Launch) -> None:
+    op = writer.unit.ops[launch.op]
+    _announce(writer, launch, op)
+    binding = Binding.of(launch, op)
+    if op.kind is OpKind.CLUSTER and writer.kernel_of is not None:
+        _cluster(writer, launch, op)
+        return
+    whole = (launch.first, launch.last) == (0, writer.program.num_cells)
+    own = Span("", None if whole else 0, launch.first, launch.last)
+    for node in writer.unit.op_nodes(op):
+        _node(writer, node, binding, own, launch)
+
+
+def _announce(writer: _Writer, launch: Launch, op: Op) -> None:
+    if op.layer != writer.layer:
+        writer.layer = op.layer
+        writer.comment("")
+        writer.comment(f"layer {op.layer}" if op.layer is not None else "outside the layers")
+    cells = f" cells {launch.first}:{launch.last}" if writer.program.num_cells > 1 else ""
+    lane = f" on lane {launch.lane}" if writer.program.num_lanes > 1 else ""
+    label = f": {op.label}" if op.label else ""
+    writer.comment(f"{op.name}{cells}{lane}{label}")
+
+
+def _cluster(writer: _Writer, launch: Launch, op: Op) -> None:
+    assert writer.kernel_of is not None
+    kernel = f"cluster_{op.signature}"
+    writer.names[kernel] = writer.kernel_of(op)
+    uses = [variable(span.value, span) for span in launch.reads if not is_order(span.value)]
+    makes = [variable(span.value, span) for span in launch.writes if not is_order(span.value)]
+    targets = ", ".join(makes) + ("," if len(makes) == 1 else "")
+    writer.add(f"{targets} = {kernel}([{', '.join(uses)}])", makes=makes, uses=uses)
+
+
+def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: Launch) -> None:
+    uses: list[str] = []
+
+    def shown(arg: fx.Node) -> "_Verbatim":
+        if is_handle(arg):
+            return _Verbatim(_HANDLE)
+        span = binding.span(node, arg)
+        name = variable(arg.name, span if span is not None else own)
+        uses.append(name)
+        return _Verbatim(name)
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), shown)
+    if takes_part(node):
+        parts = attention_parts(writer.program, writer.unit)
+        args = (*args[:-1], parts.index((launch.first, launch.last)))
+    result = variable(node.name, own)
+    call = _call(writer, node, args, kwargs)
+    if node.users:
+        writer.add(f"{result} = {call}", makes=[result], uses=uses)
+    else:
+        writer.add(call, makes=(), uses=uses)
+
+
+class _Verbatim(str):
+    """Text that is a Python expression already."""
+
+    __slots__ = ()
+
+
+_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+
+
+def _call(writer: _Writer, node: fx.Node, args: Any, kwargs: Any) -> str:
+    target = node.target
+    name = getattr(target, "__name__", str(target))
+    if name == "getitem":
+        return f"{literal(args[0])}[{literal(args[1])}]"
+    if is_size(node) and name in _OPERATORS and len(args) == 2:
+        return f"{literal(args[0])} {_OPERATORS[name]} {literal(args[1])}"
+    shown = [literal(arg) for arg in args]
+    shown += [f"{key}={literal(value)}" for key, value in kwargs.items()]
+    return f"{_callee(writer, target, name)}({', '.join(shown)})"
+
+
+def _callee(writer: _Writer, target: Any, name: str) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return _SHORT.get(str(target), f"ops.{target}")
+    unique = f"fn_{name}"
+    writer.names[unique] = target
+    return unique
+
+
+def literal(item: Any) -> str:
+    """A Python expression for a constant of a graph."""
+    if isinstance(item, _Verbatim):
+        return str(item)
+    if isinstance(item, float):
+        return repr(item) if item == item and abs(item) != float("inf") else f'float("{item}")'
+    if isinstance(item, list):
+        return f"[{', '.join(map(literal, item))}]"
+    if isinstance(item, tuple):
+        inner = ", ".join(map(literal, item))
+        return f"({inner},)" if len(item) == 1 else f"({inner})"
+    if isinstance(item, torch.device):
+        return f"torch.device({str(item)!r})"
+    if isinstance(item, slice):
+        return f"slice({literal(item.start)}, {literal(item.stop)}, {literal(item.step)})"
+    return repr(item)
+
+
+def _split(writer: _Writer, split: Split) -> None:
+    source, target = split.source, split.target
+    cells = (0, writer.program.num_cells) if source.dim is None else (source.first, source.last)
+    take = "take_dense" if _needs_copy(writer.unit, target) else "take"
+    made, used = variable(target.value, target), variable(source.value, source)
+    text = f"{made} = {take}({used}, {target.dim}, cuts, {cells}, {(target.first, target.last)})"
+    writer.add(text, makes=[made], uses=[used])
+
+
+def _needs_copy(unit: Unit, span: Span) -> bool:
+    """Rows of a tensor whose tokens are not outermost lie apart, which no kernel was compiled for.
+
+    What is written in place must stay a view.
+    """
+    readers = [op for op in unit.graph.ops if any(r.value == span.value for r in op.reads)]
+    if any(op.kind is OpKind.KV_APPEND for op in readers):
+        return False
+    value = unit.nodes[span.value].meta["val"]
+    own = size_hint(value.stride(span.dim))
+    strides = map(size_hint, value.stride())
+    outer = [size for size, stride in zip(value.shape, strides, strict=True) if stride > own]
+    return any(not isinstance(size, int) or size != 1 for size in outer)
+
+
+def _merge(writer: _Writer, merge: Merge) -> None:
+    made = variable(merge.target.value, merge.target)
+    used = [variable(span.value, span) for span in merge.sources]
+    writer.add(f"{made} = merge([{', '.join(used)}], {merge.dim})", makes=[made], uses=used)
+
+
+def _assemble(writer: _Writer, title: str) -> str:
+    """The function's text, with a ``del`` behind the last use of what it made."""
+    inputs = [variable(name) for name in writer.program.inputs]
+    returned, kept = _returned(writer.unit)
+    last: dict[str, int] = {}
+    for at, line in enumerate(writer.lines):
+        last.update(dict.fromkeys([*line.makes, *line.uses], at))
+    dead: dict[int, list[str]] = {}
+    for name, at in last.items():
+        if name not in kept:
+            dead.setdefault(at, []).append(name)
+    body = list(_body(writer.lines, dead))
+    unpack = f"    ({', '.join(inputs)},) = inputs" if inputs else "    del inputs"
+    head = [f'"""{title}."""', "", "", "def run(inputs, cuts):", unpack]
+    return "\n".join([*head, *body, f"    return {returned}", ""])
+
+
+def _body(lines: list[_Line], dead: dict[int, list[str]]) -> Iterator[str]:
+    for at, line in enumerate(lines):
+        yield "" if line.text == "# " else f"    {line.text}"
+        if at in dead:
+            yield f"    del {', '.join(sorted(dead[at]))}"
+
+
+def _returned(unit: Unit) -> tuple[str, set[str]]:
+    kept: set[str] = set()
+
+    def shown(node: fx.Node) -> _Verbatim:
+        kept.add(variable(node.name))
+        return _Verbatim(variable(node.name))
+
+    (outputs,) = fx.node.map_arg(unit.module.graph.output_node().args, shown)
+    return literal(list(outputs)), kept

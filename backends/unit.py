@@ -1,0 +1,83 @@
+"""What a program's names mean: the operations, and the graph whose nodes they are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from nanoflow_compiler.graphs import overload
+from nanoflow_compiler.ir import Launch, Op, OpGraph, OpKind, Program, Read, Span
+from nanoflow_compiler.ir.replay import is_order
+
+__all__ = ["Binding", "Unit", "attention_parts", "is_handle", "takes_part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A module and its operations; one unit serves every program made of them."""
+
+    graph: OpGraph
+    module: fx.GraphModule
+    ops: dict[str, Op]
+    nodes: dict[str, fx.Node]
+
+    @classmethod
+    def of(cls, graph: OpGraph, module: fx.GraphModule) -> "Unit":
+        """The unit of a lifted module."""
+        nodes = {node.name: node for node in module.graph.nodes}
+        return cls(graph, module, graph.by_name(), nodes)
+
+    def op_nodes(self, op: Op) -> list[fx.Node]:
+        """The operation's nodes in graph order."""
+        return [self.nodes[name] for name in op.nodes]
+
+    def data_reads(self, op: Op) -> list[Read]:
+        """What the operation reads, without what only orders it."""
+        return [read for read in op.reads if not is_order(read.value)]
+
+    def data_writes(self, op: Op) -> list[str]:
+        """The tensors and sizes that the operation makes for others."""
+        return [name for name in op.writes if not is_order(name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Which span each read of one launch stands for."""
+
+    spans: dict[tuple[str, bool], Span]
+    splits: bool
+
+    @classmethod
+    def of(cls, launch: Launch, op: Op) -> "Binding":
+        """Reads of the operation and spans of the launch correspond one to one."""
+        pairs = zip(op.reads, launch.reads, strict=True)
+        return cls({(read.value, read.axis is not None): span for read, span in pairs}, op.splits)
+
+    def span(self, node: fx.Node, arg: fx.Node) -> Span | None:
+        """The span that ``node`` sees as ``arg``; None for what the operation makes itself."""
+        in_parts = self.splits and node.meta["axis"].reads.get(arg.name) is not None
+        return self.spans.get((arg.name, in_parts))
+
+
+def attention_parts(program: Program, unit: Unit) -> tuple[tuple[int, int], ...]:
+    """The distinct cell ranges of attention and appends; the whole comes first."""
+    kinds = (OpKind.ATTENTION, OpKind.KV_APPEND)
+    launches = _launches(program)
+    ranges = [(item.first, item.last) for item in launches if unit.ops[item.op].kind in kinds]
+    return tuple(dict.fromkeys([(0, program.num_cells), *ranges]))
+
+
+def _launches(program: Program) -> Iterator[Launch]:
+    return (item for item in program.instructions if isinstance(item, Launch))
+
+
+def takes_part(node: fx.Node) -> bool:
+    """Whether the last argument of a node is the part of the step that it works on."""
+    names = ("kv_append", "paged_attention", "attention")
+    return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]
+
+
+def is_handle(node: fx.Node) -> bool:
+    """Whether a node is an append, whose result has no bytes and only orders."""
+    return overload(node) is getattr(torch.ops.nanoflow, "kv_append", None)

@@ -1,0 +1,133 @@
+"""Small tools over FX graphs at the ATen level, used by passes and backends alike."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+__all__ = [
+    "call_nodes",
+    "dtype_name",
+    "fake_call",
+    "has_effect",
+    "input_tensors",
+    "insert_call",
+    "is_size",
+    "is_tensor",
+    "numel",
+    "overload",
+    "shape_of",
+    "size_expr",
+    "size_hint",
+    "strides_of",
+    "symbol_hint",
+]
+
+aten = torch.ops.aten
+
+
+def overload(node: fx.Node) -> Any:
+    """The operator packet of an ATen or custom call (``aten.view``), else the target itself."""
+    target = node.target
+    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def call_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes that compute something, in order."""
+    return (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node's value is a number that the host computes from sizes."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+
+
+def input_tensors(node: fx.Node) -> list[fx.Node]:
+    """The distinct nodes with tensor (or tuple of tensors) values that ``node`` reads."""
+    return [arg for arg in node.all_input_nodes if not is_size(arg)]
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """A size as a sympy expression: of the symbols of the trace, or a plain integer."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(int(size))
+
+
+def size_hint(size: Any) -> int:
+    """The size that the trace saw; for an unbacked size, 1."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 1
+    return int(size)
+
+
+def shape_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    """The shape of a tensor node as expressions."""
+    return tuple(size_expr(size) for size in node.meta["val"].shape)
+
+
+def symbol_hint(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """What the trace of ``size`` saw for one of its symbols."""
+    env = size.node.shape_env
+    known = getattr(env, "backed_var_to_val", None) or env.var_to_val  # renamed in torch 2.13
+    return int(known[symbol])
+
+
+def strides_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    """The strides of a tensor node as expressions."""
+    return tuple(size_expr(stride) for stride in node.meta["val"].stride())
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node does more than return its value, so that it must run even if unused."""
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    mutates = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return mutates or bool(node.is_impure())
+
+
+def numel(value: torch.Tensor) -> int:
+    """How many elements the trace saw."""
+    total = 1
+    for size in value.shape:
+        total *= size_hint(size)
+    return total
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fake_call(target: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """What ``target`` returns for the fake values of its arguments."""
+    values = fx.node.map_arg((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
+    modes = (t.fake_mode for t in _tensors(values) if hasattr(t, "fake_mode"))
+    mode = next(modes, nullcontext())
+    with unset_fake_temporarily(), mode, torch.no_grad():
+        return target(*values[0], **values[1])
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def insert_call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A new call at the insertion point, with its fake value; ``like`` gives the origin."""
+    node = graph.call_function(target, args, kwargs)
+    keep = ("stack_trace", "nn_module_stack")
+    node.meta.update({key: like.meta[key] for key in keep if key in like.meta})
+    node.meta["val"] = fake_call(target, args, kwargs)
+    return node

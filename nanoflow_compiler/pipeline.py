@@ -1,0 +1,180 @@
+"""From a captured graph to something that runs: the pipeline, once for every candidate of parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from nanoflow_compiler.backends import Executable, get_backend
+from nanoflow_compiler.backends.binding import InputBinder
+from nanoflow_compiler.backends.clusters import Kernels
+from nanoflow_compiler.backends.rows import even_cuts
+from nanoflow_compiler.backends.unit import Unit
+from nanoflow_compiler.config import CompileConfig
+from nanoflow_compiler.hardware import DeviceSpec
+from nanoflow_compiler.ir import OpGraph, Resource, Schedule
+from nanoflow_compiler.passes.axis import axis
+from nanoflow_compiler.passes.emit import emit
+from nanoflow_compiler.passes.estimate import estimate
+from nanoflow_compiler.passes.fuse import fuse
+from nanoflow_compiler.passes.lift import bound_nodes, lift
+from nanoflow_compiler.passes.nano_split import nano_split
+from nanoflow_compiler.passes.normalize import normalize
+from nanoflow_compiler.passes.schedule import schedule
+from nanoflow_compiler.stepper import Stepper
+
+__all__ = ["CapturedGraph", "CompiledGraph", "analyse", "compile_graph"]
+
+_AUTO_PARTS = (2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedGraph:
+    """An ATen graph, and what its placeholders are."""
+
+    module: fx.GraphModule
+    weights: tuple[str, ...]
+    """Placeholders that are parameters."""
+    seeds: tuple[tuple[str, int], ...]
+    """Placeholders and dimensions that hold the tokens; empty where nothing can be split."""
+    tokens: int
+    """Tokens to plan for."""
+
+
+def analyse(captured: CapturedGraph, *, config: CompileConfig, step: Stepper) -> OpGraph:
+    """The passes before any choice of parts; annotates and rewrites the captured module."""
+    weights = frozenset(captured.weights)
+    graph = step(normalize, captured.module)
+    graph = step(fuse, graph, weights=weights, merge=config.fuse)
+    graph = step(axis, graph, seeds=captured.seeds)
+    return step(lift, graph, weights=weights, tokens=captured.tokens)
+
+
+def compile_graph(
+    captured: CapturedGraph,
+    *,
+    config: CompileConfig,
+    device: DeviceSpec,
+    step: Stepper,
+) -> "CompiledGraph":
+    """Run the whole pipeline; the unsplit program is always built too."""
+    ops = step(estimate, analyse(captured, config=config, step=step), device=device)
+    whole = _plan(ops, parts=1, config=config, device=device, step=step)
+    chosen, decision = _choose(whole, ops, config=config, device=device, step=step)
+    unit = Unit.of(ops, captured.module)
+    kernels = Kernels()
+    step.note("decision", decision)
+    plans = [whole] if chosen is whole else [whole, chosen]
+    executables = [
+        _build(plan, unit, kernels, config=config, step=step, name=f"program_{at}")
+        for at, plan in enumerate(plans)
+    ]
+    binder = InputBinder(
+        captured.module,
+        inputs=ops.inputs,
+        weights=captured.weights,
+        bound=bound_nodes(captured.module, frozenset(captured.weights)),
+    )
+    return CompiledGraph(tuple(executables), binder, _tokens_of(captured), tuple(plans), decision)
+
+
+def _plan(
+    ops: OpGraph, *, parts: int, config: CompileConfig, device: DeviceSpec, step: Stepper
+) -> Schedule:
+    nano = step(nano_split, ops, parts=parts, device=device)
+    lanes = _lanes(ops, device) if config.lanes == "auto" else config.lanes
+    return step(schedule, nano, device=device, lanes=1 if parts == 1 else lanes)
+
+
+def _lanes(ops: OpGraph, device: DeviceSpec) -> int:
+    """One lane for each resource that the graph uses, as far as the device runs them at once."""
+    used = {op.resource for op in ops.ops} - {Resource.HOST}
+    return max(1, min(device.max_lanes, len(used)))
+
+
+def _choose(
+    whole: Schedule, ops: OpGraph, *, config: CompileConfig, device: DeviceSpec, step: Stepper
+) -> tuple[Schedule, str]:
+    """The plan to use, and why in one line."""
+    if not any(op.splits for op in ops.ops):
+        return whole, "overlap: off because no operation can be split along the tokens"
+    if config.parts == 1:
+        return whole, "overlap: off because parts=1 was asked for"
+    if config.parts != "auto":
+        plan = _plan(ops, parts=config.parts, config=config, device=device, step=step)
+        return plan, f"overlap: parts={config.parts} because it was asked for"
+    if device.max_lanes == 1:
+        return whole, f"overlap: off because {device.name} runs one kernel at a time"
+    plans = [_plan(ops, parts=n, config=config, device=device, step=step) for n in _AUTO_PARTS]
+    best = min(plans, key=lambda plan: plan.makespan_us)
+    before, after = whole.makespan_us, best.makespan_us
+    predicted = f"predicted {after:.0f} us in parts, {before:.0f} us in sequence"
+    if after < before:
+        return best, f"overlap: on because {predicted}"
+    return whole, f"overlap: off because {predicted}"
+
+
+def _build(
+    plan: Schedule,
+    unit: Unit,
+    kernels: Kernels,
+    *,
+    config: CompileConfig,
+    step: Stepper,
+    name: str,
+) -> Executable:
+    program = step(emit, plan)
+    path: Path | None = step.dump / f"{name}.py" if step.dump else None
+    backend = get_backend(config.backend)
+    executable = backend.build(
+        program, unit=unit, kernels=kernels, clusters=config.clusters, path=path
+    )
+    for signature, source in kernels.sources.items():
+        step.note(f"cluster_{signature}", source)
+    return executable
+
+
+def _tokens_of(captured: CapturedGraph) -> tuple[int, int] | None:
+    """Which placeholder, by position, tells the number of tokens, and in which dimension."""
+    if not captured.seeds:
+        return None
+    names = [node.name for node in captured.module.graph.find_nodes(op="placeholder")]
+    name, dim = captured.seeds[0]
+    return names.index(name), dim
+
+
+@dataclass(slots=True)
+class CompiledGraph:
+    """Executables of one graph: the sequence, and the plan in parts if there is one."""
+
+    executables: tuple[Executable, ...]
+    binder: InputBinder
+    tokens_at: tuple[int, int] | None
+    plans: tuple[Schedule, ...]
+    decision: str
+    _closed: bool = field(default=False)
+
+    def __call__(self, values: Sequence[Any]) -> list[Any]:
+        """Outputs for the values of the placeholders; cells of like size."""
+        tokens = self.tokens(values)
+        executable = self.executable_for(tokens)
+        return executable(self.binder(values), even_cuts(tokens, executable.num_cells))
+
+    def tokens(self, values: Sequence[Any]) -> int:
+        """Tokens (rows of the split axis) of a call."""
+        if self.tokens_at is None:
+            return 1
+        position, dim = self.tokens_at
+        return int(values[position].shape[dim])
+
+    def executable_for(self, tokens: int) -> Executable:
+        """Parts, unless there are fewer tokens than cells."""
+        planned = self.executables[-1]
+        return planned if tokens >= planned.num_cells else self.executables[0]
+
+    def close(self) -> None:
+        """Release all executables."""
+        for executable in self.executables:
+            executable.close()

@@ -1,0 +1,261 @@
+"""normalize: fx -> fx. One spelling per operation, and nothing that does no work.
+
+Consumes the ATen graph of an inference capture (no decompositions), functional but for writes to
+its own inputs. Guarantees: no aliases, identity casts, identity products or empty pieces of
+``cat``; ``view`` for every reshape that only renames sizes; products over one element as
+multiplications; constructors that read no tensor; common subexpressions once; packed attention
+as append and attend; an indexed write to an input that ends in a copy to it, done in place.
+
+Must not change what any output is, bit for bit, nor the order of writes to inputs.
+Belongs first.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from nanoflow_compiler.graphs import (
+    call_nodes,
+    has_effect,
+    insert_call,
+    is_tensor,
+    overload,
+    shape_of,
+    strides_of,
+)
+
+__all__ = ["normalize"]
+
+aten = torch.ops.aten
+
+Rewrite = Callable[[fx.Node], fx.Node | None]
+
+
+def normalize(module: fx.GraphModule) -> fx.GraphModule:
+    """Apply the rewrites in order of the graph, then remove duplicates and dead nodes."""
+    kept = returned_memory(module)
+    for node in list(call_nodes(module)):
+        rewrite = _REWRITES.get(overload(node))
+        replacement = rewrite(node) if rewrite and node not in kept else None
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            module.graph.erase_node(node)
+    _write_in_place(module, kept)
+    _remove_duplicates(module)
+    module.graph.eliminate_dead_code(is_impure_node=has_effect)
+    module.recompile()
+    return module
+
+
+_VIEWS = {
+    *(aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice, aten.select, aten.t),
+    *(aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.alias, operator.getitem),
+}
+
+
+def returned_memory(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose memory callers receive, perhaps through views: copies there are theirs."""
+    found: set[fx.Node] = set()
+    pending = list(module.graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes if overload(node) in _VIEWS else ())
+    return found
+
+
+def _same_type_and_shape(node: fx.Node, source: fx.Node) -> bool:
+    if not (is_tensor(node) and is_tensor(source)):
+        return False
+    new, old = node.meta["val"], source.meta["val"]
+    alike = (new.dtype, new.device, new.layout) == (old.dtype, old.device, old.layout)
+    return alike and shape_of(node) == shape_of(source)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _identity(node: fx.Node) -> fx.Node | None:
+    return _source(node)
+
+
+def _copy(node: fx.Node) -> fx.Node | None:
+    """A copy in a functional graph matters only where it changes type, device or layout."""
+    source = _source(node)
+    if node.kwargs.get("memory_format") not in (None, torch.preserve_format) and (
+        strides_of(node) != strides_of(source)
+    ):
+        return None
+    return source if _same_type_and_shape(node, source) else None
+
+
+def _one_spelling_of_view(node: fx.Node) -> fx.Node | None:
+    source = _source(node)
+    if _same_type_and_shape(node, source):
+        return source
+    node.target = aten.reshape.default
+    return None
+
+
+def _no_op_shape(node: fx.Node) -> fx.Node | None:
+    source = _source(node)
+    return source if _same_type_and_shape(node, source) else None
+
+
+def _times_one(node: fx.Node) -> fx.Node | None:
+    """``x * 1.0`` is ``x``, also for NaN, infinities and signed zeros."""
+    source, factor = node.args[0], node.args[1]
+    neutral = isinstance(factor, int | float) and factor == 1
+    if neutral and isinstance(source, fx.Node) and _same_type_and_shape(node, source):
+        return source
+    return None
+
+
+def _plus_zero(node: fx.Node) -> fx.Node | None:
+    """Integers only: for floats ``-0.0 + 0`` is ``0.0``."""
+    source, term = node.args[0], node.args[1]
+    neutral = isinstance(term, int) and term == 0 and isinstance(source, fx.Node)
+    if (
+        not neutral
+        or not _same_type_and_shape(node, source)
+        or node.meta["val"].is_floating_point()
+    ):
+        return None
+    return source
+
+
+def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
+    """A fresh ``DynamicCache`` begins as an empty tensor, joined to the first keys."""
+    pieces = [piece for piece in node.args[0] if shape_of(piece) != (0,)]  # type: ignore[union-attr]
+    if not pieces or any(piece.meta["val"].dtype != node.meta["val"].dtype for piece in pieces):
+        return None
+    if len(pieces) > 1:
+        node.update_arg(0, pieces)
+        return None
+    node.target, node.args = aten.clone.default, (pieces[0],)
+    node.kwargs = {"memory_format": torch.contiguous_format}
+    return None
+
+
+def _product_of_one(node: fx.Node) -> fx.Node | None:
+    """Rotary frequencies are a batched product over one element: a multiplication."""
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    if shape_of(left)[2] != 1 or left.meta["val"].dtype != torch.float32:
+        return None
+    with node.graph.inserting_before(node):
+        return insert_call(node.graph, aten.mul.Tensor, left, right, like=node)
+
+
+_FULL = {"new_ones": 1, "new_zeros": 0}
+
+
+def _constructor(node: fx.Node) -> fx.Node | None:
+    """``x.new_ones(...)`` reads only the type and device of ``x``."""
+    name = overload(node).__name__
+    value = node.args[2] if name == "new_full" else _FULL[name]
+    result = node.meta["val"]
+    kwargs = {"dtype": result.dtype, "device": result.device}
+    with node.graph.inserting_before(node):
+        return insert_call(node.graph, aten.full.default, node.args[1], value, like=node, **kwargs)
+
+
+def _split_attention(node: fx.Node) -> fx.Node | None:
+    """Append and attend become two nodes, so that parts can be ordered by what they append."""
+    query, key, value, layer, *rest = node.args
+    part = rest[-1]
+    assert isinstance(value, fx.Node)
+    ours = torch.ops.nanoflow
+    with node.graph.inserting_before(node):
+        handle = insert_call(node.graph, ours.kv_append.default, key, value, layer, part, like=node)
+        width = value.meta["val"].shape[-1]
+        arguments = (query, handle, layer, int(width), *rest)
+        return insert_call(node.graph, ours.paged_attention.default, *arguments, like=node)
+
+
+_REWRITES: dict[Any, Rewrite] = {
+    aten.alias: _identity,
+    aten.detach: _identity,
+    aten.lift_fresh_copy: _identity,
+    aten.clone: _copy,
+    aten._to_copy: _copy,
+    aten.view: _one_spelling_of_view,
+    aten._unsafe_view: _one_spelling_of_view,
+    aten.reshape: _one_spelling_of_view,
+    aten.expand: _no_op_shape,
+    aten.slice: _no_op_shape,
+    aten.mul: _times_one,
+    aten.add: _plus_zero,
+    aten.cat: _drop_empty_pieces,
+    aten.bmm: _product_of_one,
+    aten.new_ones: _constructor,
+    aten.new_zeros: _constructor,
+    aten.new_full: _constructor,
+}
+
+
+def register_attention() -> None:
+    """Add the rewrite of our packed attention, once the operation is defined."""
+    _REWRITES[torch.ops.nanoflow.attention] = _split_attention
+
+
+_IN_PLACE = {
+    aten.index_copy.default: aten.index_copy_.default,
+    aten.index_put.default: aten.index_put_.default,
+}
+
+
+def _write_in_place(module: fx.GraphModule, kept: set[fx.Node]) -> None:
+    """``y = index_copy(x, ...); x.copy_(y)`` is ``y = x.index_copy_(...)`` if no one else reads x."""
+    for copy in list(call_nodes(module)):
+        if copy.target is not aten.copy_.default:
+            continue
+        target, write = copy.args
+        assert isinstance(write, fx.Node)
+        in_place = _IN_PLACE.get(write.target)  # type: ignore[arg-type]
+        alone = write.args[0] is target and set(target.users) == {write, copy}
+        if in_place is None or not alone or write in kept:
+            continue
+        write.target = in_place
+        copy.replace_all_uses_with(write)
+        module.graph.erase_node(copy)
+
+
+def _remove_duplicates(module: fx.GraphModule) -> None:
+    """Common subexpressions of functional, deterministic nodes."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(call_nodes(module)):
+        if not _is_pure(node):
+            continue
+        key = _key(node)
+        if (first := seen.setdefault(key, node)) is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", "") == "_operator"
+    if target.namespace != "aten" or target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _key(node: fx.Node) -> Any:
+    """Equal for nodes that compute the same: constants by type too, since ``1 == 1.0 == True``."""
+
+    def frozen(item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return tuple(map(frozen, item))
+        return item if isinstance(item, fx.Node) else (type(item), repr(item))
+
+    kwargs = tuple((name, frozen(value)) for name, value in sorted(node.kwargs.items()))
+    return node.target, frozen(node.args), kwargs

@@ -1,0 +1,106 @@
+"""FLOPs and bytes of an operation, as linear functions of its tokens."""
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from nanoflow_compiler.graphs import dtype_name, numel, overload, size_hint
+from nanoflow_compiler.ir import OpKind, Work
+from nanoflow_compiler.passes.grouping import Group
+
+__all__ = ["work_of"]
+
+aten = torch.ops.aten
+
+
+def work_of(
+    group: Group,
+    *,
+    aligned: Iterable[fx.Node],
+    whole: Iterable[fx.Node],
+    written: Iterable[fx.Node],
+    tokens: int,
+    kv_tokens: int,
+) -> Work:
+    """What a group computes and moves.
+
+    Each tensor that it reads (``aligned`` with its tokens, or ``whole``) or writes counts once.
+    Attention on the paged cache also reads ``kv_tokens`` tokens of context for each token.
+    """
+    fixed = float(sum(map(_nbytes, whole)))
+    moved = float(sum(map(_nbytes, [*aligned, *written])))
+    flops = float(sum(map(_flops, group.nodes)))
+    node = group.nodes[0]
+    dtype = _dtype(node)
+    if group.kind is OpKind.VIEW or group.kind is OpKind.SIZES:
+        return Work(dtype=dtype)
+    if not group.splits:
+        return Work(flops_fixed=flops, bytes_fixed=fixed + moved, dtype=dtype)
+    if _is_paged(node):
+        flops += 4.0 * tokens * kv_tokens * _heads_times_width(node)
+        moved += float(tokens * kv_tokens * _kv_bytes_per_token(node))
+    link = moved if group.kind is OpKind.COLLECTIVE else 0.0
+    return Work(
+        flops_per_token=flops / tokens,
+        bytes_fixed=fixed,
+        bytes_per_token=moved / tokens,
+        link_bytes_per_token=link / tokens,
+        dtype=dtype,
+    )
+
+
+def _nbytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return numel(value) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _dtype(node: fx.Node) -> str:
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return dtype_name(tensors[0].dtype) if tensors else "float32"
+
+
+def _hints(node: Any) -> list[int]:
+    return [size_hint(size) for size in node.meta["val"].shape]
+
+
+def _flops(node: fx.Node) -> float:
+    """Multiply-adds count twice; a pointwise element counts once."""
+    packet = overload(node)
+    if packet in (aten.mm, aten.bmm):
+        return 2.0 * prod(_hints(node)) * _hints(node.args[0])[-1]
+    if packet in (aten.addmm, aten.baddbmm):
+        return 2.0 * prod(_hints(node)) * _hints(node.args[1])[-1]
+    if "scaled_dot_product" in getattr(packet, "__name__", ""):
+        query, key = _hints(node.args[0]), _hints(node.args[1])
+        return 4.0 * prod(query) * key[-2]
+    if packet is getattr(torch.ops.nanoflow, "moe_experts", None):
+        return _expert_flops(node)
+    value = node.meta.get("val")
+    return float(numel(value)) if isinstance(value, torch.Tensor) else 0.0
+
+
+def _expert_flops(node: fx.Node) -> float:
+    """Each token passes through its ``top_k`` experts' weight matrices."""
+    chosen = prod(_hints(node.args[1]))
+    matrices = [arg for arg in node.args[3:] if isinstance(arg, fx.Node) and len(_hints(arg)) == 3]
+    return sum(2.0 * chosen * prod(_hints(matrix)[1:]) for matrix in matrices)
+
+
+def _is_paged(node: fx.Node) -> bool:
+    return overload(node) is getattr(torch.ops.nanoflow, "paged_attention", None)
+
+
+def _heads_times_width(node: fx.Node) -> int:
+    _, heads, width = _hints(node.args[0])
+    return heads * width
+
+
+def _kv_bytes_per_token(node: fx.Node) -> int:
+    append = node.args[1]
+    assert isinstance(append, fx.Node)
+    tensors = [arg for arg in append.args[:2] if isinstance(arg, fx.Node)]
+    return sum(prod(_hints(arg)[1:]) * arg.meta["val"].element_size() for arg in tensors)
