@@ -227,7 +227,7 @@ def _print_speed(outputs: "list[RequestOutput]", seconds: dict[str, float]) -> N
 
 
 def _print_report(model: str, **loading: Any) -> None:
-    from nanoflow_compiler.compiler import inspect
+    from nanoflow_compiler.inspection import inspect
     from nanoflow_compiler.models import load_decoder
 
     typer.echo(inspect(load_decoder(model, **loading)))

@@ -28,6 +28,7 @@ from torch import fx
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.graphs import has_effect, is_size, overload, shape_of, size_expr
 from nanoflow_compiler.passes import axis_compute_rules, axis_shape_rules
+from nanoflow_compiler.passes.axis_compute_rules import register_packed
 from nanoflow_compiler.passes.axis_rules import (
     RULES,
     Operands,
@@ -46,6 +47,7 @@ RULE_MODULES = (axis_compute_rules, axis_shape_rules)
 
 def axis(module: fx.GraphModule, *, seeds: Sequence[tuple[str, int]]) -> fx.GraphModule:
     """Annotate every node; with no seeds every node is SHARED."""
+    register_packed()
     tokens = _tokens(module, seeds)
     dims = dict(seeds)
     for node in module.graph.nodes:

@@ -22,6 +22,8 @@ from nanoflow_compiler.graphs import (
     has_effect,
     insert_call,
     is_tensor,
+    operand,
+    operands,
     overload,
     shape_of,
     strides_of,
@@ -36,6 +38,7 @@ Rewrite = Callable[[fx.Node], fx.Node | None]
 
 def normalize(module: fx.GraphModule) -> fx.GraphModule:
     """Apply the rewrites in order of the graph, then remove duplicates and dead nodes."""
+    register_attention()
     kept = returned_memory(module)
     for node in list(call_nodes(module)):
         rewrite = _REWRITES.get(overload(node))
@@ -76,19 +79,13 @@ def _same_type_and_shape(node: fx.Node, source: fx.Node) -> bool:
     return alike and shape_of(node) == shape_of(source)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def _identity(node: fx.Node) -> fx.Node | None:
-    return _source(node)
+    return operand(node, 0)
 
 
 def _copy(node: fx.Node) -> fx.Node | None:
     """A copy in a functional graph matters only where it changes type, device or layout."""
-    source = _source(node)
+    source = operand(node, 0)
     if node.kwargs.get("memory_format") not in (None, torch.preserve_format) and (
         strides_of(node) != strides_of(source)
     ):
@@ -97,7 +94,7 @@ def _copy(node: fx.Node) -> fx.Node | None:
 
 
 def _one_spelling_of_view(node: fx.Node) -> fx.Node | None:
-    source = _source(node)
+    source = operand(node, 0)
     if _same_type_and_shape(node, source):
         return source
     node.target = aten.reshape.default
@@ -105,7 +102,7 @@ def _one_spelling_of_view(node: fx.Node) -> fx.Node | None:
 
 
 def _no_op_shape(node: fx.Node) -> fx.Node | None:
-    source = _source(node)
+    source = operand(node, 0)
     return source if _same_type_and_shape(node, source) else None
 
 
@@ -121,19 +118,15 @@ def _times_one(node: fx.Node) -> fx.Node | None:
 def _plus_zero(node: fx.Node) -> fx.Node | None:
     """Integers only: for floats ``-0.0 + 0`` is ``0.0``."""
     source, term = node.args[0], node.args[1]
-    neutral = isinstance(term, int) and term == 0 and isinstance(source, fx.Node)
-    if (
-        not neutral
-        or not _same_type_and_shape(node, source)
-        or node.meta["val"].is_floating_point()
-    ):
+    neutral = isinstance(term, int) and term == 0
+    if not neutral or not isinstance(source, fx.Node) or not _same_type_and_shape(node, source):
         return None
-    return source
+    return None if node.meta["val"].is_floating_point() else source
 
 
 def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
     """A fresh ``DynamicCache`` begins as an empty tensor, joined to the first keys."""
-    pieces = [piece for piece in node.args[0] if shape_of(piece) != (0,)]  # type: ignore[union-attr]
+    pieces = [piece for piece in operands(node, 0) if shape_of(piece) != (0,)]
     if not pieces or any(piece.meta["val"].dtype != node.meta["val"].dtype for piece in pieces):
         return None
     if len(pieces) > 1:
@@ -146,8 +139,7 @@ def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
 
 def _product_of_one(node: fx.Node) -> fx.Node | None:
     """Rotary frequencies are a batched product over one element: a multiplication."""
-    left, right = node.args[:2]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    left, right = operand(node, 0), operand(node, 1)
     if shape_of(left)[2] != 1 or left.meta["val"].dtype != torch.float32:
         return None
     with node.graph.inserting_before(node):
@@ -206,7 +198,7 @@ def register_attention() -> None:
     _REWRITES[torch.ops.nanoflow.attention] = _split_attention
 
 
-_IN_PLACE = {
+_IN_PLACE: dict[object, torch._ops.OpOverload] = {
     aten.index_copy.default: aten.index_copy_.default,
     aten.index_put.default: aten.index_put_.default,
 }
@@ -217,9 +209,8 @@ def _write_in_place(module: fx.GraphModule, kept: set[fx.Node]) -> None:
     for copy in list(call_nodes(module)):
         if copy.target is not aten.copy_.default:
             continue
-        target, write = copy.args
-        assert isinstance(write, fx.Node)
-        in_place = _IN_PLACE.get(write.target)  # type: ignore[arg-type]
+        target, write = operand(copy, 0), operand(copy, 1)
+        in_place = _IN_PLACE.get(write.target)
         alone = write.args[0] is target and set(target.users) == {write, copy}
         if in_place is None or not alone or write in kept:
             continue

@@ -224,7 +224,7 @@ def _make_runner(
     if compile_config is None:
         return ModelRunner(EagerStep(packed), cache=cache)
     # Imported here, because an eager engine needs no compiler.
-    from nanoflow_compiler.compiler import compile_packed
+    from nanoflow_compiler.packed import compile_packed
 
     step: StepFn = compile_packed(packed, compile_config)
     # Sizes 0 and 1 are constants to torch.compile, so a graph for any size is one for 2 and more.

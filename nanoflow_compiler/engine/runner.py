@@ -23,7 +23,7 @@ class StepFn(Protocol):
 
     @property
     def attention_parts(self) -> Sequence[tuple[int, int]]:
-        """The cells ``first`` up to ``last``, inclusive, that each attention part covers; part 0 is all."""
+        """The cells ``first`` up to ``last`` (exclusive) that each attention part covers; part 0 is all."""
 
     @property
     def num_cells(self) -> int:
@@ -38,7 +38,7 @@ class StepFn(Protocol):
 class EagerStep:
     """A model called as it is: one cell, and nothing to cut."""
 
-    attention_parts = ((0, 0),)
+    attention_parts = ((0, 1),)
     num_cells = 1
 
     def __init__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -87,7 +87,7 @@ class ModelRunner:
         layout = _layout(batch, padding=padding)
         device = self.cache.device
         parts = tuple(
-            layout.part(cuts[first], cuts[last + 1], device=device)
+            layout.part(cuts[first], cuts[last], device=device)
             for first, last in self.step.attention_parts
         )
         return PreparedStep(

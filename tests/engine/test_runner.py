@@ -23,7 +23,7 @@ NUM_CELLS = 3
 class CutAttention:
     """A step that runs each attention once per cell, as a compiled program may."""
 
-    attention_parts = ((0, NUM_CELLS - 1), *((cell, cell) for cell in range(NUM_CELLS)))
+    attention_parts = ((0, NUM_CELLS), *((cell, cell + 1) for cell in range(NUM_CELLS)))
     num_cells = NUM_CELLS
 
     def __init__(self, model, monkeypatch):
