@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nanoflow_compiler.graphs import map_nodes
 from nanoflow_compiler.merging import merge_rows
 
 __all__ = ["InputBinder"]
@@ -62,7 +63,7 @@ class InputBinder:
         env = {name: values[at] for name, at in self._positions.items()} | self._fixed
         self._watched = []
         for node in self._bound:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: env[arg.name])
+            args, kwargs = map_nodes((node.args, node.kwargs), lambda arg: env[arg.name])
             with torch.no_grad():
                 env[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
             if node.target is merge_rows and env[node.name].data_ptr() != args[0][0].data_ptr():

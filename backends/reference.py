@@ -16,6 +16,7 @@ from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.rows import merge, take
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
 from nanoflow_compiler.errors import InvalidProgramError
+from nanoflow_compiler.graphs import map_nodes
 from nanoflow_compiler.ir import Instruction, Launch, Merge, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order, replay
 
@@ -140,7 +141,7 @@ class _Environment:
             assert span is not None
             return self.read(span)
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        args, kwargs = map_nodes((node.args, node.kwargs), value)
         if takes_part(node):
             args = (*args[:-1], self.parts.index(cells))
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -149,5 +150,5 @@ class _Environment:
         def value(node: fx.Node) -> Any:
             return self.read(Span(node.name))
 
-        (result,) = fx.node.map_arg(self.unit.module.graph.output_node().args, value)
+        (result,) = map_nodes(self.unit.module.graph.output_node().args, value)
         return list(result)

@@ -1,6 +1,6 @@
 """Small tools over FX graphs at the ATen level, used by passes and backends alike."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,10 @@ __all__ = [
     "insert_call",
     "is_size",
     "is_tensor",
+    "map_nodes",
     "numel",
+    "operand",
+    "operands",
     "overload",
     "shape_of",
     "size_expr",
@@ -39,6 +42,25 @@ def overload(node: fx.Node) -> Any:
 def call_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes that compute something, in order."""
     return (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The argument at ``index``, which the operator's schema says is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def operands(node: fx.Node, index: int) -> list[fx.Node]:
+    """The argument at ``index``, which the operator's schema says is a list of nodes."""
+    listed: Any = node.args[index]
+    assert all(isinstance(item, fx.Node) for item in listed)
+    return list(listed)
+
+
+def map_nodes(tree: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """``tree`` with ``function`` of each node in its place: values, so no longer fx arguments."""
+    return fx.node.map_arg(tree, function)
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -112,7 +134,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def fake_call(target: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
     """What ``target`` returns for the fake values of its arguments."""
-    values = fx.node.map_arg((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
+    values = map_nodes((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
     modes = (t.fake_mode for t in _tensors(values) if hasattr(t, "fake_mode"))
     mode = next(modes, nullcontext())
     with unset_fake_temporarily(), mode, torch.no_grad():

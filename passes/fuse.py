@@ -24,6 +24,7 @@ from nanoflow_compiler.graphs import (
     fake_call,
     insert_call,
     is_tensor,
+    operand,
     shape_of,
     strides_of,
 )
@@ -88,18 +89,17 @@ def _groups(module: fx.GraphModule, weights: AbstractSet[str]) -> list[list[_Lin
 
 
 def _as_linear(node: fx.Node, weights: AbstractSet[str]) -> _Linear | None:
-    operands: tuple[Any, ...] = node.args
     bias = None
     if node.target is aten.addmm.default and not node.kwargs:
-        bias, *operands = node.args  # type: ignore[assignment]
-        if not isinstance(bias, fx.Node) or bias.name not in weights or len(shape_of(bias)) != 1:
+        bias = operand(node, 0)
+        if bias.name not in weights or len(shape_of(bias)) != 1:
             return None
     elif node.target is not aten.mm.default:
         return None
-    source, transposed = operands
-    if transposed.target is not aten.t.default or transposed.args[0].name not in weights:
+    source, transposed = operand(node, -2), operand(node, -1)
+    if transposed.target is not aten.t.default or operand(transposed, 0).name not in weights:
         return None
-    return _Linear(node, source, transposed.args[0], bias)
+    return _Linear(node, source, operand(transposed, 0), bias)
 
 
 def _obstacle(group: list[_Linear]) -> str:
