@@ -5,7 +5,7 @@ one kernel serves the whole and every part. What comes back is the ``call(args)`
 generated module: a list of tensors (emptied by the call) to a tuple.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.graphs import is_size, size_expr, size_hint, symbol_hint
 from nanoflow_compiler.ir import Op, Read
-from nanoflow_compiler.rows import Rows
+from nanoflow_compiler.rows import NodeAxis, Rows
 
 __all__ = ["Kernels", "cluster_module"]
 
@@ -76,7 +76,8 @@ def _compile(op: Op, unit: Unit) -> tuple[Kernel, str]:
     with fakes.mode, tracing(TracingContext(fakes.mode)):
         traced = make_fx(module, decomposition_table=select_decomp_table())(*inputs)
         output = traced.graph.output_node()
-        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+        returned: Any = output.args[0]
+        output.meta["user_visible_output_idxs"] = list(range(len(returned)))
         compiled = compile_fx_inner(traced, inputs)
     call = getattr(compiled, "current_callable", None) or compiled
     return call, str(getattr(compiled, "source_code", ""))
@@ -86,7 +87,8 @@ def _rows(read: Read, op: Op, unit: Unit) -> Rows | None:
     """Where the rows are in what an operation reads in parts."""
     if read.axis is None:
         return None
-    found = (node.meta["axis"].reads.get(read.value) for node in unit.op_nodes(op))
+    axes: Iterator[NodeAxis] = (node.meta["axis"] for node in unit.op_nodes(op))
+    found = (axis.reads.get(read.value) for axis in axes)
     return next(rows for rows in found if rows is not None)
 
 

@@ -31,7 +31,8 @@ def take_dense(
 
 def merge(pieces: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Pieces joined along ``dim``, in memory in the order of dimensions of the first."""
-    order = sorted(range(pieces[0].dim()), key=lambda d: (-pieces[0].stride(d), d))
+    strides = pieces[0].stride()
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
     back = sorted(range(len(order)), key=order.__getitem__)
     joined = torch.cat([piece.permute(order) for piece in pieces], order.index(dim))
     return joined.permute(back)

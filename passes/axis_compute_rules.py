@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 def pointwise_packets() -> set[object]:
     """ATen's own list of operations that treat every element alike (``torch.Tag.pointwise``)."""
-    found = set()
+    found: set[object] = set()
     for name in dir(aten):
         packet = getattr(aten, name)
         if not isinstance(packet, torch._ops.OpOverloadPacket) or name.endswith("_"):

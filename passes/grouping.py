@@ -85,7 +85,9 @@ def anchor_kind(node: fx.Node) -> OpKind | None:
 def _has_unknown_sizes(node: fx.Node) -> bool:
     """Sizes that only the data tells cannot be planned for inside a kernel."""
     leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
-    sizes = [size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape]
+    sizes: list[Any] = [
+        size for leaf in leaves if isinstance(leaf, torch.Tensor) for size in leaf.shape
+    ]
     return any(isinstance(size, torch.SymInt) and not size.node.has_hint() for size in sizes)
 
 

@@ -1,6 +1,7 @@
 """``Program``: what a backend runs, one instruction a line; it prints and parses back."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanoflow_compiler.errors import InvalidProgramError
@@ -191,7 +192,7 @@ def _parse_wait(line: str) -> Wait:
     return Wait(int(event), int(lane))
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], Instruction]] = {
     "launch": _parse_launch,
     "split": _parse_split,
     "merge": _parse_merge,
