@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import fx
 
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
-from nanoflow_compiler.graphs import is_size, size_hint
+from nanoflow_compiler.graphs import is_size, map_nodes, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order
 
@@ -127,7 +128,7 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
         uses.append(name)
         return _Verbatim(name)
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), shown)
+    args, kwargs = map_nodes((node.args, node.kwargs), shown)
     if takes_part(node):
         parts = attention_parts(writer.program, writer.unit)
         args = (*args[:-1], parts.index((launch.first, launch.last)))
@@ -173,17 +174,21 @@ def literal(item: Any) -> str:
     if isinstance(item, _Verbatim):
         return str(item)
     if isinstance(item, float):
-        return repr(item) if item == item and abs(item) != float("inf") else f'float("{item}")'
-    if isinstance(item, list):
-        return f"[{', '.join(map(literal, item))}]"
-    if isinstance(item, tuple):
-        inner = ", ".join(map(literal, item))
-        return f"({inner},)" if len(item) == 1 else f"({inner})"
+        return repr(item) if isfinite(item) else f'float("{item}")'
+    if isinstance(item, list | tuple):
+        return _sequence(item)
     if isinstance(item, torch.device):
         return f"torch.device({str(item)!r})"
     if isinstance(item, slice):
         return f"slice({literal(item.start)}, {literal(item.stop)}, {literal(item.step)})"
     return repr(item)
+
+
+def _sequence(items: list[Any] | tuple[Any, ...]) -> str:
+    inner = ", ".join(map(literal, items))
+    if isinstance(items, list):
+        return f"[{inner}]"
+    return f"({inner},)" if len(items) == 1 else f"({inner})"
 
 
 def _split(writer: _Writer, split: Split) -> None:
@@ -247,5 +252,5 @@ def _returned(unit: Unit) -> tuple[str, set[str]]:
         kept.add(variable(node.name))
         return _Verbatim(variable(node.name))
 
-    (outputs,) = fx.node.map_arg(unit.module.graph.output_node().args, shown)
+    (outputs,) = map_nodes(unit.module.graph.output_node().args, shown)
     return literal(list(outputs)), kept

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -126,7 +125,7 @@ def _build(
     name: str,
 ) -> Executable:
     program = step(emit, plan)
-    path: Path | None = step.dump / f"{name}.py" if step.dump else None
+    path = step.dump / f"{name}.py" if step.dump else None
     backend = get_backend(config.backend)
     executable = backend.build(
         program, unit=unit, kernels=kernels, clusters=config.clusters, path=path

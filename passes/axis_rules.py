@@ -29,7 +29,7 @@ class Placement:
     size_arg: int | None = None
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 - an answer of a rule, never an error of the caller
     """The node may mix tokens; the message says how."""
 
 
@@ -58,7 +58,7 @@ class Operands:
         """The rows of an operand, if it carries any."""
         if not isinstance(operand, fx.Node):
             return None
-        rows = operand.meta["axis"].rows
+        rows: Placed = operand.meta["axis"].rows
         if isinstance(rows, tuple):
             raise Refusal("reads a tuple")
         return rows

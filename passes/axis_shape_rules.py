@@ -196,7 +196,7 @@ def _gather(ops: Operands) -> Placement:
     return ops.placed(rows)
 
 
-def _indexed(ops: Operands, rank: int, indices: Any) -> tuple[list[fx.Node], int, int]:
+def _indexed(rank: int, indices: Any) -> tuple[list[fx.Node], int, int]:
     """The index tensors, the first dimension that they replace, and by how many dimensions."""
     used = [dim for dim, index in enumerate(indices) if index is not None]
     if not used or used != list(range(used[0], used[-1] + 1)) or len(indices) > rank:
@@ -210,7 +210,7 @@ def _indexed(ops: Operands, rank: int, indices: Any) -> tuple[list[fx.Node], int
 @rule(aten.index)
 def _index(ops: Operands) -> Placement:
     source, indices = ops.arg(0), ops.arg(1)
-    nodes, start, width = _indexed(ops, rank_of(source), indices)
+    nodes, start, width = _indexed(rank_of(source), indices)
     rows = ops.rows(source)
     if rows is None:
         found = broadcast(ops, nodes, width)
@@ -230,7 +230,7 @@ def _rows_beside(rows: Rows, start: int, count: int, width: int) -> Rows:
 def _index_put(ops: Operands) -> Placement:
     target, indices, values = (ops.arg(i) for i in range(3))
     rows = first_rows(ops)
-    nodes, start, width = _indexed(ops, rank_of(target), indices)
+    nodes, start, width = _indexed(rank_of(target), indices)
     beside = _rows_beside(rows, start, len(nodes), width)
     rank = rank_of(target) - len(nodes) + width
     ops.read(target, rows)

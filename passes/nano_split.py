@@ -11,6 +11,7 @@ overwritten input ask for one (``required_edges``). Belongs after ``estimate``.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from math import lcm
 
 from nanoflow_compiler.hardware import DeviceSpec
@@ -31,7 +32,7 @@ def nano_split(graph: OpGraph, *, parts: int | Mapping[str, int], device: Device
         for op in graph.ops
         for index in range(counts[op.name])
     )
-    return NanoGraph(graph, ops, tuple(required_edges(graph, ops)), cells)
+    return NanoGraph(graph, ops, tuple(required_edges(ops)), cells)
 
 
 def _count(op: Op, parts: int | Mapping[str, int]) -> int:
@@ -42,7 +43,7 @@ def _count(op: Op, parts: int | Mapping[str, int]) -> int:
 
 def _even_cells(tokens: int, num_cells: int) -> tuple[int, ...]:
     bounds = [tokens * at // num_cells for at in range(num_cells + 1)]
-    return tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    return tuple(end - start for start, end in pairwise(bounds))
 
 
 def _part(op: Op, index: int, count: int, cells: tuple[int, ...], device: DeviceSpec) -> NanoOp:

@@ -86,7 +86,8 @@ def _rotary(add: fx.Node) -> Match | None:
     if None in terms:
         return None
     for straight, turned in (terms, terms[::-1]):
-        assert straight is not None and turned is not None
+        assert straight is not None
+        assert turned is not None
         cat = next((c for arg in turned.args if (c := _only(arg, aten.cat))), None)
         halves = _rotated_halves(cat) if cat else None
         if cat is not None and halves is not None and halves[-1].args[0] in straight.args:

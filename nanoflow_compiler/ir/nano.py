@@ -78,7 +78,7 @@ class NanoGraph:
         return "\n".join([head, cells, *lines])
 
 
-def required_edges(graph: OpGraph, ops: tuple[NanoOp, ...]) -> list[Edge]:
+def required_edges(ops: tuple[NanoOp, ...]) -> list[Edge]:
     """The edges that data, KV ranges and overwritten inputs ask for, in order of their targets.
 
     A part that reads a value in parts follows the writers whose cells meet its own; one that

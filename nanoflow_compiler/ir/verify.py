@@ -76,7 +76,7 @@ def _(nano: NanoGraph, *, where: str) -> None:
         raise InvalidProgramError("an edge names an unknown nano-op", where=where)
     if not nx.is_directed_acyclic_graph(dag):
         raise InvalidProgramError(f"cycle {nx.find_cycle(dag)}", where=where)
-    if missing := set(required_edges(nano.graph, nano.ops)) - set(nano.edges):
+    if missing := set(required_edges(nano.ops)) - set(nano.edges):
         raise InvalidProgramError(f"no edge {min(map(str, missing))}", where=where)
 
 
