@@ -195,7 +195,8 @@ _REWRITES: dict[Any, Rewrite] = {
 
 def register_attention() -> None:
     """Add the rewrite of our packed attention, once the operation is defined."""
-    _REWRITES[torch.ops.nanoflow.attention] = _split_attention
+    if hasattr(torch.ops.nanoflow, "attention"):
+        _REWRITES[torch.ops.nanoflow.attention] = _split_attention
 
 
 _IN_PLACE: dict[object, torch._ops.OpOverload] = {
