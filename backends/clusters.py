@@ -138,8 +138,7 @@ class _Fakes:
         sizes[rows.dim] = self._evaluate(rows.multiple) * self.tokens
         inner = size_hint(value.stride(rows.dim))
         for dim, stride in enumerate(value.stride()):
-            beyond = dim != rows.dim and size_hint(stride) > inner
-            if beyond and size_hint(value.shape[dim]) != 1:
+            if dim != rows.dim and size_hint(stride) > inner:
                 span = sympy.cancel(size_expr(stride) / size_expr(extent))
                 strides[dim] = self._evaluate(span) * sizes[rows.dim]
         return sizes, strides
