@@ -42,7 +42,9 @@ class Report:
         lines += [f"  fused        {n:5d}  {kind}" for kind, n in self.fusions]
         lines += [f"  not merged: {miss}" for miss in self.misses]
         lines += [f"  join: {node}: {reason}" for node, reason in self.joins]
-        return "\n".join(lines if self.joins else [*lines, "  no joins: every token-wise node splits"])
+        return "\n".join(
+            lines if self.joins else [*lines, "  no joins: every token-wise node splits"]
+        )
 
 
 def inspect(decoder: Decoder) -> Report:
@@ -63,4 +65,6 @@ def inspect(decoder: Decoder) -> Report:
 
 def _count_ops(graph: OpGraph) -> tuple[tuple[str, int, int], ...]:
     of_kind = {kind: [op for op in graph.ops if op.kind is kind] for kind in OpKind}
-    return tuple((str(k), len(ops), sum(op.splits for op in ops)) for k, ops in of_kind.items() if ops)
+    return tuple(
+        (str(k), len(ops), sum(op.splits for op in ops)) for k, ops in of_kind.items() if ops
+    )
