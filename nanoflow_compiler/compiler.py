@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -68,16 +68,15 @@ def _train(
         return module.forward
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(module, list(example_inputs))
-    return compiled
+    return cast("Callable[..., Any]", compile_fx(module, list(example_inputs)))
 
 
 def _surfaced(error: NanoflowError) -> Exception:
     """The same error as a kind that Dynamo hands to the user as it is, not wrapped in its own."""
     from torch._dynamo.exc import ShortenTraceback
 
-    kind = type(type(error).__name__, (type(error), ShortenTraceback), {})
-    surfaced: Exception = kind.__new__(kind)
+    kind: type[Exception] = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    surfaced: Exception = BaseException.__new__(kind)
     surfaced.__dict__.update(error.__dict__ | {"first_useful_frame": None})
     surfaced.args = error.args
     return surfaced
