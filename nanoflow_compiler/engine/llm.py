@@ -121,8 +121,10 @@ class LLM:
         ]
 
     def close(self) -> None:
-        """Give back the KV cache; a closed engine accepts no more prompts."""
-        self._core = None
+        """Give back the KV cache and the programs; a closed engine accepts no more prompts."""
+        if self._core is not None:
+            self._core.runner.step.close()
+            self._core = None
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,9 @@ class StepFn(Protocol):
     ) -> Tensor:
         """Float32 logits ``[len(rows), V]``; cell ``i`` is the tokens ``cuts[i]`` up to ``cuts[i + 1]``."""
 
+    def close(self) -> None:
+        """Release what the step holds; it is not called again."""
+
 
 class EagerStep:
     """A model called as it is: one cell, and nothing to cut."""
@@ -49,6 +52,9 @@ class EagerStep:
     ) -> Tensor:
         del cuts
         return self.model(input_ids, positions, rows)
+
+    def close(self) -> None:
+        del self.model
 
 
 def even_cuts(num_tokens: int, num_cells: int) -> list[int]:
