@@ -6,6 +6,7 @@ wait shows as a read of something not yet written, which is an error and never a
 
 import random
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from nanoflow_compiler.backends.rows import merge, take
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
 from nanoflow_compiler.errors import InvalidProgramError
 from nanoflow_compiler.graphs import map_nodes
-from nanoflow_compiler.ir import Instruction, Launch, Merge, Program, Record, Span, Split, Wait
-from nanoflow_compiler.ir.replay import is_order, replay
+from nanoflow_compiler.ir import Instruction, Launch, Merge, Op, Program, Record, Span, Split, Wait
+from nanoflow_compiler.ir.replay import is_order
+from nanoflow_compiler.ir.verify import verify
 
 __all__ = ["ReferenceExecutable", "build"]
 
@@ -44,7 +46,8 @@ class ReferenceExecutable:
         self._program: Program | None = program
         self._unit = unit
         self._random = random.Random(seed)
-        replay(program, where="reference")
+        verify(program, where="reference")
+        _check_launches(program, unit)
 
     def __call__(self, inputs: list[Any], cuts: tuple[int, ...]) -> list[Any]:
         """Outputs in the order of the graph."""
@@ -59,6 +62,29 @@ class ReferenceExecutable:
     def close(self) -> None:
         """Drop the program."""
         self._program = None
+
+
+def _check_launches(program: Program, unit: Unit) -> None:
+    """Every operation is launched, and each launch reads and writes what its operation does."""
+    launches = [item for item in program.instructions if isinstance(item, Launch)]
+    if missing := unit.ops.keys() - {launch.op for launch in launches}:
+        raise InvalidProgramError(f"{', '.join(sorted(missing))} never run", where="reference")
+    for launch in launches:
+        op = unit.ops.get(launch.op)
+        whole = (launch.first, launch.last) == (0, program.num_cells)
+        if op is None or _places(launch.reads) != _reads(op, whole=whole):
+            raise InvalidProgramError(f"reads other values: {launch}", where="reference")
+        if [span.value for span in launch.writes] != list(op.writes):
+            raise InvalidProgramError(f"writes other values: {launch}", where="reference")
+
+
+def _places(spans: Iterable[Span]) -> list[tuple[str, int | None]]:
+    return [(span.value, None if is_order(span.value) else span.dim) for span in spans]
+
+
+def _reads(op: Op, *, whole: bool) -> list[tuple[str, int | None]]:
+    """Values and dimensions along which a launch reads them in part."""
+    return [(read.value, None if whole or not read.axis else read.axis.dim) for read in op.reads]
 
 
 def _interleaved(program: Program, choice: random.Random) -> list[Instruction]:

@@ -9,6 +9,8 @@ needed. Lane 0 starts the program, and ends it after all lanes.
 Guarantees the rules of :func:`nanoflow_compiler.ir.replay.replay`. Belongs last.
 """
 
+from collections.abc import Iterable
+
 from nanoflow_compiler.ir import (
     Instruction,
     Launch,
@@ -59,8 +61,7 @@ class _Issue:
         """Issue one part: first what provides its reads, then itself."""
         reads = tuple(self.read(read, nano, lane) for read in nano.op.reads)
         writes = tuple(self.span(name, nano) for name in nano.op.writes)
-        for span in reads:
-            self.require(span, lane)
+        self.require(reads, lane)
         launch = Launch(nano.op.name, nano.first, nano.last, lane, sms, reads, writes)
         stamp = self.lanes.issue(launch)
         for span in writes:
@@ -110,8 +111,7 @@ class _Issue:
             source = min(holders, key=lambda span: self.bounds(span)[1] - self.bounds(span)[0])
             return self.split(source, target, lane)
         pieces = self.tile(usable, first, last, lane)
-        for piece in pieces:
-            self.require(piece, lane)
+        self.require(pieces, lane)
         dim = pieces[0].dim
         assert dim is not None
         self.keep(target, self.lanes.issue(Merge(tuple(pieces), target, dim, lane)))
@@ -133,23 +133,25 @@ class _Issue:
         return pieces
 
     def split(self, source: Span, target: Span, lane: int) -> Span:
-        self.require(source, lane)
+        self.require([source], lane)
         self.keep(target, self.lanes.issue(Split(source, target, lane)))
         return target
 
     def keep(self, span: Span, stamp: Stamp) -> None:
         self.written[span.value][span] = stamp
 
-    def require(self, span: Span, lane: int) -> None:
-        """What ``lane`` issues next must find ``span`` written."""
+    def require(self, spans: Iterable[Span], lane: int) -> None:
+        """What ``lane`` issues next must find ``spans`` written."""
+        self.lanes.require([stamp for span in spans for stamp in self.stamps(span)], lane)
+
+    def stamps(self, span: Span) -> list[Stamp]:
+        """Who wrote a span; of a value that only orders, all who wrote cells of it."""
         spans = self.written[span.value]
         if not is_order(span.value):
-            self.lanes.require([spans[span]], lane)
-            return
+            return [spans[span]]
         first, last = self.bounds(span)
         bounds = {piece: self.bounds(piece) for piece in spans}
-        meeting = [p for p, (begin, end) in bounds.items() if begin < last and end > first]
-        self.lanes.require([spans[piece] for piece in meeting], lane)
+        return [spans[p] for p, (begin, end) in bounds.items() if begin < last and end > first]
 
 
 class _Lanes:

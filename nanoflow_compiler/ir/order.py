@@ -18,7 +18,8 @@ class Stamp:
 class HappensBefore:
     """Follows instructions as they are issued and says what each lane is certain of."""
 
-    def __init__(self, num_lanes: int) -> None:
+    def __init__(self, num_lanes: int, *, where: str) -> None:
+        self._where = where
         self._clocks = [[0] * num_lanes for _ in range(num_lanes)]
         self._events: dict[int, list[int]] = {}
 
@@ -30,14 +31,14 @@ class HappensBefore:
     def record(self, event: int, lane: int) -> None:
         """The event stands for all that ``lane`` is certain of now."""
         if event in self._events:
-            raise InvalidProgramError(f"event {event} is recorded twice", where="order")
+            raise InvalidProgramError(f"event {event} is recorded twice", where=self._where)
         self._events[event] = list(self._clocks[lane])
 
     def wait(self, event: int, lane: int) -> None:
         """``lane`` learns what the event stands for."""
         if event not in self._events:
             raise InvalidProgramError(
-                f"lane {lane} waits for event {event} before it is recorded", where="order"
+                f"lane {lane} waits for event {event} before it is recorded", where=self._where
             )
         own = self._clocks[lane]
         self._clocks[lane] = [max(a, b) for a, b in zip(own, self._events[event], strict=True)]

@@ -41,7 +41,7 @@ class _Walk:
     def __init__(self, program: Program, where: str) -> None:
         self.program = program
         self.where = where
-        self.order = HappensBefore(program.num_lanes)
+        self.order = HappensBefore(program.num_lanes, where=where)
         self.written: dict[str, dict[Span, Stamp]] = {}
         self.launched: dict[str, list[tuple[int, int]]] = {}
         start = self.order.issue(0)
