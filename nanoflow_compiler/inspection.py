@@ -3,11 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from nanoflow_compiler.capture import capture_step
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.ir import OpGraph, OpKind
 from nanoflow_compiler.models.decoder import Decoder
 from nanoflow_compiler.models.hf import PackedDecoder
-from nanoflow_compiler.packed import capture_step
 from nanoflow_compiler.passes.axis import joins
 from nanoflow_compiler.pipeline import analyse
 from nanoflow_compiler.stepper import Stepper
