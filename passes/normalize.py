@@ -106,6 +106,19 @@ def _no_op_shape(node: fx.Node) -> fx.Node | None:
     return source if _same_type_and_shape(node, source) else None
 
 
+def _squeeze(node: fx.Node) -> fx.Node | None:
+    """Drop the dimensions that the trace saw as one for any number of tokens, also for one token."""
+    source = operand(node, 0)
+    rank = len(shape_of(source))
+    asked = node.args[1] if len(node.args) > 1 else list(range(rank))
+    dims = [dim % rank for dim in ([asked] if isinstance(asked, int) else asked)]
+    ones = [dim for dim in dims if shape_of(source)[dim] == 1]
+    if not ones:
+        return source
+    node.target, node.args = aten.squeeze.dims, (source, ones)
+    return None
+
+
 def _times_one(node: fx.Node) -> fx.Node | None:
     """``x * 1.0`` is ``x``, also for NaN, infinities and signed zeros."""
     source, factor = node.args[0], node.args[1]
@@ -183,6 +196,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.reshape: _one_spelling_of_view,
     aten.expand: _no_op_shape,
     aten.slice: _no_op_shape,
+    aten.squeeze: _squeeze,
     aten.mul: _times_one,
     aten.add: _plus_zero,
     aten.cat: _drop_empty_pieces,

@@ -229,8 +229,7 @@ def _make_runner(
     from nanoflow_compiler.packed import compile_packed
 
     step: StepFn = compile_packed(packed, compile_config)
-    # Sizes 0 and 1 are constants to torch.compile, so a graph for any size is one for 2 and more.
-    return ModelRunner(step, cache=cache, min_rows=2)
+    return ModelRunner(step, cache=cache)
 
 
 def _one_per_prompt(

@@ -13,11 +13,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12)
 NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 def make_prompts():
     generator = torch.Generator().manual_seed(3)
     lengths = (60, 1, 13, 62, 5)
