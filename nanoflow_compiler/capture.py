@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -113,7 +114,7 @@ def _trace_once(
             return (packed(ids, positions, rows),)
 
     traced = dispatch_functionalize(run, FunctionalTensorMode()) if functional else run
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, enable_python_dispatcher():
         integers = [
             torch.empty(size, dtype=torch.int64, device=packed.device)
             for size in (num_tokens, num_tokens, num_rows)
