@@ -110,7 +110,7 @@ def _squeeze(node: fx.Node) -> fx.Node | None:
     """Drop the dimensions that the trace saw as one for any number of tokens, also for one token."""
     source = operand(node, 0)
     rank = len(shape_of(source))
-    asked = node.args[1] if len(node.args) > 1 else list(range(rank))
+    asked: Any = node.args[1] if len(node.args) > 1 else range(rank)
     dims = [dim % rank for dim in ([asked] if isinstance(asked, int) else asked)]
     ones = [dim for dim in dims if shape_of(source)[dim] == 1]
     if not ones:
