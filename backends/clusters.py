@@ -1,52 +1,63 @@
 """Clusters as kernels: the nodes of an operation, compiled by Inductor for any number of tokens.
 
 A cluster is traced anew on fake inputs of its own, in which the token axis is a fresh symbol, so
-one kernel serves the whole and every part. What comes back is the ``call(args)`` of Inductor's
-generated module: a list of tensors (emptied by the call) to a tuple.
+one kernel serves the whole and every part. What comes back takes a list of tensors (and may empty
+it) to a tuple. Where Inductor assumed something about sizes, the kernel checks it in each call, and
+where that does not hold, or nothing could be compiled, the nodes run as they are.
 """
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._inductor.exc import InductorError
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from nanoflow_compiler.backends.fakes import TOKENS, Fakes
+from nanoflow_compiler.backends.layouts import BoundLayouts, Layout, bind_symbols, python_text
 from nanoflow_compiler.backends.unit import Unit
-from nanoflow_compiler.graphs import is_size, size_expr, size_hint, symbol_hint
+from nanoflow_compiler.errors import UnsupportedGraphError
+from nanoflow_compiler.graphs import is_size, shape_of, size_expr, size_hint, strides_of
 from nanoflow_compiler.ir import Op, Read
 from nanoflow_compiler.rows import NodeAxis, Rows
 
-__all__ = ["Kernels", "cluster_module"]
+__all__ = ["Kernels", "cluster_module", "kernel_name"]
 
 Kernel = Callable[[list[Any]], tuple[Any, ...]]
 
 
 @dataclass(slots=True)
 class Kernels:
-    """Compiled clusters by signature; equal clusters of any layer or program compile once."""
+    """Compiled clusters by name; equal clusters of any layer or program compile once."""
 
     compiled: dict[str, Kernel] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
     def get(self, op: Op, unit: Unit) -> Kernel:
         """The kernel of a cluster."""
-        if op.signature not in self.compiled:
+        name = kernel_name(op, unit)
+        if name not in self.compiled:
             with unset_fake_temporarily(), torch.no_grad():
-                kernel, source = _compile(op, unit)
-            self.compiled[op.signature] = kernel
-            self.sources[op.signature] = source
-        return self.compiled[op.signature]
+                self.compiled[name], self.sources[name] = _make(op, unit)
+        return self.compiled[name]
+
+
+def kernel_name(op: Op, unit: Unit) -> str:
+    """One name for clusters that compute the same and return the same of it.
+
+    The last norm of a model is like all others, but nobody adds to its input any more.
+    """
+    returned = [op.nodes.index(name) for name in unit.data_writes(op)]
+    digest = hashlib.sha256(f"{op.signature} {returned}".encode()).hexdigest()
+    return f"cluster_{digest[:12]}"
 
 
 def cluster_module(op: Op, unit: Unit) -> fx.GraphModule:
@@ -67,20 +78,87 @@ def cluster_module(op: Op, unit: Unit) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def _compile(op: Op, unit: Unit) -> tuple[Kernel, str]:
+def _make(op: Op, unit: Unit) -> tuple[Kernel, str]:
+    """The kernel, and its source."""
     module = cluster_module(op, unit)
-    fakes = _Fakes(unit.graph.tokens)
+    try:
+        return _compile(module, op, unit)
+    except (UnsupportedGraphError, InductorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"{op.name} ({op.label}) runs uncompiled: {reason}", stacklevel=2)
+        return _uncompiled(module), module.code
+
+
+def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> tuple[Kernel, str]:
+    reads = unit.data_reads(op)
+    values = [unit.nodes[read.value].meta["val"] for read in reads]
+    bound = bind_symbols([_layout(unit.nodes[r.value], _rows(r, op, unit)) for r in reads])
+    wanted = [unit.nodes[name].meta["val"] for name in unit.data_writes(op)]
+
+    def as_planned(*args: Any) -> tuple[Any, ...]:
+        return tuple(map(_laid_out_as, module(*args), wanted))
+
+    fakes = Fakes(values, tokens=unit.graph.tokens)
     inputs = [
-        fakes.input(unit.nodes[read.value], _rows(read, op, unit)) for read in unit.data_reads(op)
+        fakes.like(value, layout) for value, layout in zip(values, bound.layouts, strict=True)
     ]
+    sizes = [fakes.size(symbol) for symbol in bound.derived]
     with fakes.mode, tracing(TracingContext(fakes.mode)):
-        traced = make_fx(module, decomposition_table=select_decomp_table())(*inputs)
+        traced = make_fx(as_planned, decomposition_table=select_decomp_table())(*inputs)
+        _append_unused(traced, sizes)
         output = traced.graph.output_node()
         returned: Any = output.args[0]
         output.meta["user_visible_output_idxs"] = list(range(len(returned)))
-        compiled = compile_fx_inner(traced, inputs)
+        compiled = compile_fx_inner(traced, [*inputs, *sizes])
     call = getattr(compiled, "current_callable", None) or compiled
-    return call, str(getattr(compiled, "source_code", ""))
+    kernel = _checked(call, module, bound=bound, fakes=fakes)
+    return kernel, str(getattr(compiled, "source_code", ""))
+
+
+def _uncompiled(module: fx.GraphModule) -> Kernel:
+    return lambda args: module(*args)
+
+
+def _checked(call: Kernel, module: fx.GraphModule, *, bound: BoundLayouts, fakes: Fakes) -> Kernel:
+    """``call`` with the sizes that it takes, where its assumptions hold; else the module."""
+    fresh = {fakes.size(symbol).node.expr: place for symbol, place in bound.places.items()}
+    assumed = [f"({python_text(guard, fresh)})" for guard in fakes.guards]
+    sizes = [f"{bound.places[symbol]}, " for symbol in bound.derived]
+    if not assumed and not sizes:
+        return call
+    holds = eval(f"lambda args: {' and '.join(assumed) or 'True'}")
+    more = eval(f"lambda args: ({''.join(sizes)})")
+
+    def kernel(args: list[Any]) -> tuple[Any, ...]:
+        return call([*args, *more(args)]) if holds(args) else _uncompiled(module)(args)
+
+    return kernel
+
+
+def _laid_out_as(made: Any, wanted: Any) -> Any:
+    """What a cluster makes, in the memory layout that its readers were planned for.
+
+    Decompositions may keep another one than the operation itself does.
+    """
+    if not isinstance(wanted, torch.Tensor):
+        return made
+    strides = [size_hint(stride) for stride in wanted.stride()]
+    matter = [dim for dim, size in enumerate(wanted.shape) if size_hint(size) != 1]
+    if all(size_hint(made.stride(dim)) == strides[dim] for dim in matter):
+        return made
+    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return made.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def _append_unused(module: fx.GraphModule, sizes: list[Any]) -> None:
+    """Placeholders for sizes that only the shapes of the other inputs are made of."""
+    graph = module.graph
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        for at, size in enumerate(sizes):
+            graph.placeholder(f"size{at}").meta["val"] = size
+    module.recompile()
 
 
 def _rows(read: Read, op: Op, unit: Unit) -> Rows | None:
@@ -92,60 +170,20 @@ def _rows(read: Read, op: Op, unit: Unit) -> Rows | None:
     return next(rows for rows in found if rows is not None)
 
 
-class _Fakes:
-    """Fake inputs in a shape environment of their own."""
+def _layout(node: fx.Node, rows: Rows | None) -> Layout:
+    """What a cluster reads, whole or at ``rows``: then for any number of tokens.
 
-    def __init__(self, tokens: int) -> None:
-        self.shapes = ShapeEnv()
-        self.mode = FakeTensorMode(shape_env=self.shapes)
-        self.symbols: dict[sympy.Symbol, torch.SymInt] = {}
-        self.tokens = self._fresh("tokens", max(tokens, 2))
-
-    def input(self, node: fx.Node, rows: Rows | None) -> Any:
-        """A stand-in for what a cluster reads, whole or at ``rows``."""
-        value = node.meta["val"]
-        if is_size(node):
-            return self.size(value)
-        sizes = [self.size(size) for size in value.shape]
-        strides = [self.size(stride) for stride in value.stride()]
-        if rows is not None:
-            sizes, strides = self._in_rows(value, rows, sizes, strides)
-        with self.mode:
-            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-
-    def size(self, size: Any) -> Any:
-        """The same size over symbols of this environment; numbers stay numbers."""
-        if not isinstance(size, torch.SymInt):
-            return size
-        for symbol in size_expr(size).free_symbols:
-            if symbol not in self.symbols:
-                self.symbols[symbol] = self._fresh(str(symbol), symbol_hint(size, symbol))
-        return self._evaluate(size_expr(size))
-
-    def _evaluate(self, expr: sympy.Expr) -> Any:
-        if expr.is_Integer:
-            return int(expr)
-        return sympy_interp(PythonReferenceAnalysis, dict(self.symbols), expr)
-
-    def _in_rows(
-        self, value: torch.Tensor, rows: Rows, sizes: list[Any], strides: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        """Sizes and strides for any number of tokens, not just that of the trace.
-
-        A stride beyond the token axis spans all of its rows, so it grows with them.
-        """
-        extent = value.shape[rows.dim]
-        sizes[rows.dim] = self._evaluate(rows.multiple) * self.tokens
-        inner = size_hint(value.stride(rows.dim))
-        for dim, stride in enumerate(value.stride()):
-            if dim != rows.dim and size_hint(stride) > inner:
-                span = sympy.cancel(size_expr(stride) / size_expr(extent))
-                strides[dim] = self._evaluate(span) * sizes[rows.dim]
-        return sizes, strides
-
-    def _fresh(self, name: str, hint: int) -> torch.SymInt:
-        source = ConstantSource(f"nanoflow_{name}")
-        symbol = self.shapes.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-        size = self.shapes.create_symintnode(symbol, hint=hint, source=source)
-        assert isinstance(size, torch.SymInt)
-        return size
+    A stride beyond the token axis spans all of its rows, so it grows with them.
+    """
+    value = node.meta["val"]
+    if is_size(node):
+        return Layout((size_expr(value),), None)
+    sizes, strides = list(shape_of(node)), list(strides_of(node))
+    if rows is not None:
+        extent = sizes[rows.dim]
+        span = size_hint(value.stride(rows.dim)) * size_hint(value.shape[rows.dim])
+        sizes[rows.dim] = rows.multiple * TOKENS
+        for dim, stride in enumerate(strides):
+            if dim != rows.dim and sizes[dim] != 1 and 0 < span <= size_hint(value.stride(dim)):
+                strides[dim] = stride / extent * sizes[rows.dim]
+    return Layout(tuple(sizes), tuple(strides))

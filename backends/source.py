@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nanoflow_compiler.backends.clusters import kernel_name
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
 from nanoflow_compiler.graphs import is_size, map_nodes, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
@@ -109,7 +110,7 @@ def _announce(writer: _Writer, launch: Launch, op: Op) -> None:
 
 def _cluster(writer: _Writer, launch: Launch, op: Op) -> None:
     assert writer.kernel_of is not None
-    kernel = f"cluster_{op.signature}"
+    kernel = kernel_name(op, writer.unit)
     writer.names[kernel] = writer.kernel_of(op)
     uses = [variable(span.value, span) for span in launch.reads if not is_order(span.value)]
     makes = [variable(span.value, span) for span in launch.writes if not is_order(span.value)]

@@ -130,8 +130,8 @@ def _build(
     executable = backend.build(
         program, unit=unit, kernels=kernels, clusters=config.clusters, path=path
     )
-    for signature, source in kernels.sources.items():
-        step.note(f"cluster_{signature}", source)
+    for cluster, source in kernels.sources.items():
+        step.note(cluster, source)
     return executable
 
 

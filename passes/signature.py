@@ -49,4 +49,4 @@ def _layout(node: fx.Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{tuple(map(str, value.shape))}{tuple(map(str, value.stride()))}"
-    return type(value).__name__
+    return f"{type(value).__name__} {value}"
