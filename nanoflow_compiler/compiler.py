@@ -15,6 +15,7 @@ from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.errors import ConfigError, NanoflowError
 from nanoflow_compiler.graphs import is_tensor, shape_of, size_hint
 from nanoflow_compiler.hardware import DEVICE_SPECS, DeviceSpec, device_spec
+from nanoflow_compiler.naming import input_names, name_placeholders
 from nanoflow_compiler.pipeline import CapturedGraph, CompiledGraph, compile_graph
 from nanoflow_compiler.stepper import Stepper
 
@@ -39,7 +40,8 @@ def compile_dynamo_graph(
         config = _config(mode, options)
         if _needs_gradients(example_inputs):
             return _train(module, example_inputs, config=config)
-        compiler = partial(_compile_aten, example_inputs=example_inputs, config=config)
+        names = input_names(module)
+        compiler = partial(_compile_aten, example_inputs=example_inputs, names=names, config=config)
         return trace_aten(module, example_inputs, compiler=compiler)
     except NanoflowError as error:
         raise _surfaced(error) from None
@@ -101,9 +103,12 @@ def _compile_aten(
     fake_inputs: Sequence[Any],
     *,
     example_inputs: Sequence[Any],
+    names: Sequence[str],
     config: CompileConfig,
 ) -> Callable[..., Any]:
     del fake_inputs
+    if len(names) == len(module.graph.find_nodes(op="placeholder")):
+        name_placeholders(module, names)
     captured = _captured_batch(module, example_inputs)
     device = device_of(config, example_inputs)
     compiled = compile_graph(captured, config=config, device=device, step=stepper_for(config))
