@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.kv_cache import LayerShape
+from nanoflow_compiler.models import adapt
 from nanoflow_compiler.models.interfaces import (
     IMPLEMENTATION,
     name_expert_activations,
@@ -36,6 +37,7 @@ class PackedDecoder(nn.Module):
         super().__init__()
         _refuse_unpackable(model, max_length=max_length)
         self.model = _share_parameters(model)
+        adapt(self.model)
         self.max_length = max_length
         self.keeps_rows = "logits_to_keep" in _parameters(model)
         freeze_rotary(self.model, max_length=max_length)

@@ -4,20 +4,30 @@ The mask interface knows no ``"nanoflow"``, so no mask is built: the operator ow
 chunks. What it cannot see from a call is left on each module by :mod:`nanoflow_compiler.models.probe`.
 """
 
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nanoflow_compiler import ops
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.experts import ACTIVATIONS, activate
+from nanoflow_compiler.models.probe import PROBE
 
-__all__ = ["IMPLEMENTATION", "name_expert_activations", "number_attention_calls"]
+__all__ = [
+    "IMPLEMENTATION",
+    "name_expert_activations",
+    "number_attention_calls",
+    "packed_attention",
+]
 
 IMPLEMENTATION = "nanoflow"
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class NumberedModule(Protocol):
@@ -83,6 +93,16 @@ def attention_forward(  # noqa: PLR0913 - the signature is that of transformers
         0,
     )
     return out[None], None
+
+
+def packed_attention(module: nn.Module) -> AttentionFunction | None:
+    """What an adapted attention module calls in packed steps.
+
+    ``None`` under transformers' own implementations: the module then does what it did before.
+    """
+    config = cast("Any", module.config)
+    name: str = config._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS[name] if name in (PROBE, IMPLEMENTATION) else None
 
 
 def experts_forward(

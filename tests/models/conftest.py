@@ -1,13 +1,17 @@
-"""Small model directories that tests damage, and checks of the error they then get."""
+"""Small model directories that tests damage, checks of errors, and packed decoders that run in steps."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
 from nanoflow_compiler.errors import ModelLoadError
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 
 VOCABULARY = ["<s>", "</s>", "<unk>", "hello", "world"]
 
@@ -74,3 +78,36 @@ def refuses():
             assert word in message
 
     return check
+
+
+@pytest.fixture
+def run_in_steps():
+    """The logits of every token of every sequence, computed in several packed steps.
+
+    ``ends[i][j]`` is how many tokens of sequence j are computed once step i is done: a chunk of its
+    prompt, a single token as in decoding, or none. ``step`` is what to call, the decoder or a compilation.
+    """
+
+    @torch.no_grad()
+    def run(packed, sequences, *, ends, step=None):
+        num_blocks = -(-max(map(len, sequences)) // BLOCK_SIZE)
+        tables = 1 + np.arange(num_blocks * len(sequences)).reshape(len(sequences), -1)
+        cache = KVCache.allocate(packed.layers, num_blocks=tables.size + 1)
+        starts = np.zeros(len(sequences), dtype=np.int64)
+        pieces = [[] for _ in sequences]
+        for stops in map(np.array, ends):
+            layout = StepLayout.pack(
+                query_lens=stops - starts, context_lens=starts, block_tables=tables
+            )
+            spans = [torch.arange(*span) for span in zip(starts, stops, strict=True)]
+            ids = torch.cat([tokens[span] for tokens, span in zip(sequences, spans, strict=True)])
+            with attention_state(AttentionState(cache, (layout.part(0, len(ids)),))):
+                logits = (step or packed)(ids, torch.cat(spans), torch.arange(len(ids)))
+            for rows, piece in zip(
+                logits.split([len(span) for span in spans]), pieces, strict=True
+            ):
+                piece.append(rows)
+            starts = stops
+        return [torch.cat(piece) for piece in pieces]
+
+    return run

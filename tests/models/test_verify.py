@@ -9,7 +9,7 @@ from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.models.verify import verify_packed
 from tiny_models import BUILDERS, COMMON, build
 
-PACKABLE = sorted(BUILDERS.keys() - {"falcon"})
+PACKABLE = sorted(BUILDERS)
 
 
 @pytest.mark.parametrize("name", PACKABLE)
