@@ -1,15 +1,20 @@
-"""Tiers of tests, and the real model that several of them share."""
+"""Tiers of tests, golden files, and the real model that several of them share."""
+
+import difflib
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanoflow_compiler.models import Decoder, load_decoder
 
+GOLDEN = Path(__file__).parent / "golden"
 NEEDED_GPUS = {"gpu": 1, "multigpu": 2}
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--accept", action="store_true", help="write what golden files should hold")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,3 +32,22 @@ def pytest_collection_modifyitems(config, items):
 def smollm2() -> Decoder:
     """A real model of 135 M parameters in float32; the first run on a machine downloads 93 MB."""
     return load_decoder("smollm2-135m")
+
+
+@pytest.fixture
+def golden(request):
+    """``golden(name, text)`` compares a text with a file; ``--accept`` writes the file instead."""
+
+    def compare(name, text):
+        path = GOLDEN / name
+        if request.config.getoption("--accept"):
+            path.write_text(text, encoding="utf-8")
+            return
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
+        changes = difflib.unified_diff(kept.splitlines(), text.splitlines(), name, "now", n=1)
+        if difference := "\n".join(changes):
+            pytest.fail(
+                f"{difference}\n\nIf this is as it should be: pytest --accept", pytrace=False
+            )
+
+    return compare

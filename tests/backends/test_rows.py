@@ -1,5 +1,7 @@
 """Cutting and joining: the same entries, where kernels that were compiled for a layout expect them."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,6 @@ def test_repeated_rows_stay_repeated():
 @given(st.integers(0, 50), st.integers(1, 8))
 def test_even_cuts_differ_by_one_at_most(tokens, num_cells):
     cuts = even_cuts(tokens, num_cells)
-    sizes = {end - start for start, end in zip(cuts, cuts[1:], strict=False)}
+    sizes = {end - start for start, end in pairwise(cuts)}
     assert (cuts[0], cuts[-1]) == (0, tokens)
     assert max(sizes) - min(sizes) <= 1

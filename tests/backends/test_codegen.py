@@ -1,0 +1,36 @@
+"""The generated source: what a person reads, and that it is what runs."""
+
+import pytest
+import torch
+
+from nanoflow_compiler.capture import capture_step
+from nanoflow_compiler.config import CompileConfig
+from nanoflow_compiler.hardware import DEVICE_SPECS
+from nanoflow_compiler.ir import Program
+from nanoflow_compiler.models.hf import PackedDecoder
+from nanoflow_compiler.passes.emit import emit
+from nanoflow_compiler.pipeline import compile_graph
+from nanoflow_compiler.stepper import Stepper
+from tiny_models import llama
+
+CONFIG = CompileConfig(parts=2, clusters="eager")
+
+
+@pytest.fixture(scope="module")
+def step_of_one_layer():
+    """The packed step of one decoder layer in two parts, planned for a device with lanes."""
+    captured = capture_step(PackedDecoder(llama(num_hidden_layers=1), max_length=64))
+    with torch.no_grad():
+        return compile_graph(
+            captured.graph, config=CONFIG, device=DEVICE_SPECS["a100-80gb"], step=Stepper()
+        )
+
+
+def test_program_of_one_layer(step_of_one_layer, golden):
+    program = emit(step_of_one_layer.plans[-1])
+    golden("llama_layer.program.txt", f"{program}\n")
+    assert Program.parse(str(program)) == program
+
+
+def test_source_of_one_layer(step_of_one_layer, golden):
+    golden("llama_layer.source.txt", step_of_one_layer.executables[-1].source)
