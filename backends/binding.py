@@ -1,72 +1,120 @@
-"""Values of a program's inputs, from what a call of the graph is given."""
+"""Values of a program's inputs, from what a call of the graph is given.
+
+What depends on parameters alone, views and merges of them, is a function of its own: readable
+Python as the program is, and run once.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from nanoflow_compiler.backends.source import Verbatim, call_text, variable
 from nanoflow_compiler.graphs import map_nodes
-from nanoflow_compiler.merging import merge_rows
+from nanoflow_compiler.merging import are_adjacent, merge_rows
 
-__all__ = ["InputBinder"]
+__all__ = ["InputBinder", "InputLayout", "write_binding"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputLayout:
+    """How the inputs of a program come from the placeholders of its graph; all by position."""
+
+    source: str
+    """``bind(values)``: the inputs, where ``values`` are those of all placeholders."""
+    weights: tuple[int, ...]
+    """Placeholders that are parameters."""
+    merged: tuple[tuple[int, ...], ...]
+    """Parameters that each merge joins."""
+    live: tuple[tuple[int, int], ...]
+    """Inputs, with their placeholders, that differ from call to call."""
+
+
+def write_binding(
+    module: fx.GraphModule,
+    *,
+    inputs: Sequence[str],
+    weights: Sequence[str],
+    bound: Sequence[fx.Node],
+) -> tuple[InputLayout, dict[str, Any]]:
+    """The layout of ``inputs``, and what the names in its source stand for beside torch."""
+    placeholders = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    at = {name: position for position, name in enumerate(placeholders)}
+    names = {
+        variable(node.name): getattr(module, str(node.target))
+        for node in module.graph.find_nodes(op="get_attr")
+    }
+    lines = [_line(node, names) for node in bound]
+    merges = [node for node in bound if node.target is merge_rows]
+    layout = InputLayout(
+        source=_source(placeholders, lines, inputs),
+        weights=tuple(at[name] for name in weights),
+        merged=tuple(tuple(at[arg.name] for arg in node.all_input_nodes) for node in merges),
+        live=tuple(
+            (index, at[name])
+            for index, name in enumerate(inputs)
+            if name in at and name not in set(weights)
+        ),
+    )
+    return layout, names
+
+
+def _line(node: fx.Node, names: dict[str, Any]) -> str:
+    def shown(arg: fx.Node) -> Verbatim:
+        return Verbatim(variable(arg.name))
+
+    args, kwargs = map_nodes((node.args, node.kwargs), shown)
+    return f"{variable(node.name)} = {call_text(node, args, kwargs, names=names)}"
+
+
+def _source(placeholders: Sequence[str], lines: Sequence[str], inputs: Sequence[str]) -> str:
+    given = [f"    ({', '.join(map(variable, placeholders))},) = values"] if placeholders else []
+    body = [*given, *(f"    {line}" for line in lines)]
+    head = '"""Inputs of a program: views and merges of parameters, made once."""'
+    result = f"    return [{', '.join(map(variable, inputs))}]"
+    return "\n".join([head, "", "", "def bind(values):", *body, result, ""])
 
 
 class InputBinder:
-    """Turns the values of placeholders into those of ``inputs``.
+    """Turns the values of placeholders into those of a program's inputs.
 
-    What depends on parameters alone (``bound``: views and merges) is evaluated for the first
-    call, and again only when a parameter's memory is no longer where it was, or, where a merge
-    had to copy, when a parameter was written to.
+    ``bind`` runs for the first call, and again only when a parameter's memory is no longer where
+    it was, or, where a merge had to copy, when a parameter was written to.
     """
 
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        *,
-        inputs: Sequence[str],
-        weights: Sequence[str],
-        bound: Sequence[fx.Node],
-    ) -> None:
-        names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-        self._positions = {name: at for at, name in enumerate(names)}
-        self._weights = [self._positions[name] for name in weights]
-        self._bound = list(bound)
-        self._fixed = {
-            node.name: getattr(module, str(node.target))
-            for node in module.graph.find_nodes(op="get_attr")
-        }
-        self._inputs = list(inputs)
+    def __init__(self, layout: InputLayout, names: dict[str, Any]) -> None:
+        self.layout = layout
+        self.names = names
+        namespace: dict[str, Any] = {"torch": torch, "ops": torch.ops, **names}
+        exec(compile(layout.source, "<nanoflow binding>", "exec"), namespace)
+        self._bind = namespace["bind"]
         self._key: tuple[int, ...] | None = None
         self._template: list[Any] = []
-        self._live = [
-            (at, self._positions[name])
-            for at, name in enumerate(inputs)
-            if name in self._positions and name not in set(weights)
-        ]
         self._watched: list[int] = []
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """The inputs' values in order."""
         if self._state(values) != self._key:
-            self._bind(values)
+            self.rebind(values)
+        return self.fill(values)
+
+    def fill(self, values: Sequence[Any]) -> list[Any]:
+        """As a call, for who knows that no parameter was written to or moved."""
         result = self._template.copy()
-        for at, position in self._live:
-            result[at] = values[position]
+        for index, position in self.layout.live:
+            result[index] = values[position]
         return result
 
-    def _state(self, values: Sequence[Any]) -> tuple[int, ...]:
-        places = tuple([values[at].data_ptr() for at in self._weights])
-        return places + tuple([values[at]._version for at in self._watched])
-
-    def _bind(self, values: Sequence[Any]) -> None:
-        env = {name: values[at] for name, at in self._positions.items()} | self._fixed
-        self._watched = []
-        for node in self._bound:
-            args, kwargs = map_nodes((node.args, node.kwargs), lambda arg: env[arg.name])
-            with torch.no_grad():
-                env[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.target is merge_rows and env[node.name].data_ptr() != args[0][0].data_ptr():
-                self._watched += [self._positions[arg.name] for arg in node.all_input_nodes]
-        self._template = [env[name] for name in self._inputs]
+    def rebind(self, values: Sequence[Any]) -> None:
+        """Merge and view the parameters anew."""
+        with torch.no_grad():
+            self._template = self._bind(values)
+        copied = [m for m in self.layout.merged if not are_adjacent([values[at] for at in m])]
+        self._watched = [at for merge in copied for at in merge]
         self._key = self._state(values)
+
+    def _state(self, values: Sequence[Any]) -> tuple[int, ...]:
+        places = tuple([values[at].data_ptr() for at in self.layout.weights])
+        return places + tuple([values[at]._version for at in self._watched])

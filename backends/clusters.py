@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
@@ -29,7 +30,7 @@ from nanoflow_compiler.graphs import is_size, shape_of, size_expr, size_hint, st
 from nanoflow_compiler.ir import Op, Read
 from nanoflow_compiler.rows import NodeAxis, Rows
 
-__all__ = ["Kernels", "cluster_module", "kernel_name"]
+__all__ = ["Kernels", "cluster_module", "kernel_name", "load_kernel"]
 
 Kernel = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -40,14 +41,26 @@ class Kernels:
 
     compiled: dict[str, Kernel] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    portable: set[str] = field(default_factory=set)
+    """Kernels that are all in their source; see :func:`load_kernel`."""
 
     def get(self, op: Op, unit: Unit) -> Kernel:
         """The kernel of a cluster."""
         name = kernel_name(op, unit)
         if name not in self.compiled:
             with unset_fake_temporarily(), torch.no_grad():
-                self.compiled[name], self.sources[name] = _make(op, unit)
+                made = _make(op, unit)
+            self.compiled[name], self.sources[name] = made.kernel, made.source
+            if made.portable:
+                self.portable.add(name)
         return self.compiled[name]
+
+
+def load_kernel(source: str) -> Kernel:
+    """A portable kernel from its source; its machine code comes from Inductor's cache if it can."""
+    module: Any = PyCodeCache.load(source)
+    kernel: Kernel = module.call
+    return kernel
 
 
 def kernel_name(op: Op, unit: Unit) -> str:
@@ -78,18 +91,24 @@ def cluster_module(op: Op, unit: Unit) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def _make(op: Op, unit: Unit) -> tuple[Kernel, str]:
-    """The kernel, and its source."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    kernel: Kernel
+    source: str
+    portable: bool
+
+
+def _make(op: Op, unit: Unit) -> _Made:
     module = cluster_module(op, unit)
     try:
         return _compile(module, op, unit)
     except (UnsupportedGraphError, InductorError) as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(f"{op.name} ({op.label}) runs uncompiled: {reason}", stacklevel=2)
-        return _uncompiled(module), module.code
+        return _Made(_uncompiled(module), module.code, portable=False)
 
 
-def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> tuple[Kernel, str]:
+def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> _Made:
     reads = unit.data_reads(op)
     values = [unit.nodes[read.value].meta["val"] for read in reads]
     bound = bind_symbols([_layout(unit.nodes[r.value], _rows(r, op, unit)) for r in reads])
@@ -112,7 +131,9 @@ def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> tuple[Kernel, str]:
         compiled = compile_fx_inner(traced, [*inputs, *sizes])
     call = getattr(compiled, "current_callable", None) or compiled
     kernel = _checked(call, module, bound=bound, fakes=fakes)
-    return kernel, str(getattr(compiled, "source_code", ""))
+    source = str(getattr(compiled, "source_code", ""))
+    alone = kernel is call and bool(source) and not getattr(compiled, "constants", None)
+    return _Made(kernel, source, portable=alone)
 
 
 def _uncompiled(module: fx.GraphModule) -> Kernel:
@@ -173,7 +194,8 @@ def _rows(read: Read, op: Op, unit: Unit) -> Rows | None:
 def _layout(node: fx.Node, rows: Rows | None) -> Layout:
     """What a cluster reads, whole or at ``rows``: then for any number of tokens.
 
-    A stride beyond the token axis spans all of its rows, so it grows with them.
+    A stride beyond the token axis spans all of its rows, so it grows with them. That of a single
+    entry means nothing: it is what a contiguous tensor has, and tells no one a size.
     """
     value = node.meta["val"]
     if is_size(node):
@@ -186,4 +208,8 @@ def _layout(node: fx.Node, rows: Rows | None) -> Layout:
         for dim, stride in enumerate(strides):
             if dim != rows.dim and sizes[dim] != 1 and 0 < span <= size_hint(value.stride(dim)):
                 strides[dim] = stride / extent * sizes[rows.dim]
+    for dim in reversed(range(len(sizes))):
+        if sizes[dim] == 1:
+            last = dim + 1 == len(sizes)
+            strides[dim] = sizes[dim] if last else sizes[dim + 1] * strides[dim + 1]
     return Layout(tuple(sizes), tuple(strides))

@@ -54,9 +54,10 @@ class CodegenExecutable:
         *,
         parts: tuple[tuple[int, int], ...],
         cells: int,
-        path: Path | None,
+        path: Path | None = None,
     ) -> None:
         self.source = function.source
+        self.names = function.names
         self.num_cells = cells
         self.attention_parts = parts
         self._run = _load(function, path)
@@ -69,6 +70,7 @@ class CodegenExecutable:
     def close(self) -> None:
         """Drop the function, and with it the kernels and constants that only it holds."""
         self._run = _closed
+        self.names = {}
 
 
 def _load(function: Function, path: Path | None) -> Any:

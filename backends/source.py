@@ -15,7 +15,7 @@ from nanoflow_compiler.graphs import is_size, map_nodes, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order
 
-__all__ = ["Function", "write_function"]
+__all__ = ["Function", "Verbatim", "call_text", "literal", "variable", "write_function"]
 
 # Called often enough for the cheaper spelling to be worth a row.
 _SHORT = {
@@ -121,28 +121,28 @@ def _cluster(writer: _Writer, launch: Launch, op: Op) -> None:
 def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: Launch) -> None:
     uses: list[str] = []
 
-    def shown(arg: fx.Node) -> "_Verbatim":
+    def shown(arg: fx.Node) -> "Verbatim":
         if is_handle(arg):
-            return _Verbatim(_HANDLE)
+            return Verbatim(_HANDLE)
         span = binding.span(node, arg)
         name = variable(arg.name, span if span is not None else own)
         uses.append(name)
-        return _Verbatim(name)
+        return Verbatim(name)
 
     args, kwargs = map_nodes((node.args, node.kwargs), shown)
     if takes_part(node):
         parts = attention_parts(writer.program, writer.unit)
         args = (*args[:-1], parts.index((launch.first, launch.last)))
     result = variable(node.name, own)
-    call = _call(writer, node, args, kwargs)
+    call = call_text(node, args, kwargs, names=writer.names)
     if node.users:
         writer.add(f"{result} = {call}", makes=[result], uses=uses)
     else:
         writer.add(call, makes=(), uses=uses)
 
 
-class _Verbatim(str):
-    """Text that is a Python expression already."""
+class Verbatim(str):
+    """Text that is a Python expression already, for :func:`literal` to leave as it is."""
 
     __slots__ = ()
 
@@ -150,7 +150,8 @@ class _Verbatim(str):
 _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 
 
-def _call(writer: _Writer, node: fx.Node, args: Any, kwargs: Any) -> str:
+def call_text(node: fx.Node, args: Any, kwargs: Any, *, names: dict[str, Any]) -> str:
+    """The call of a node on arguments that are Python text; ``names`` gets what it needs beside torch."""
     target = node.target
     name = getattr(target, "__name__", str(target))
     if name == "getitem":
@@ -159,20 +160,20 @@ def _call(writer: _Writer, node: fx.Node, args: Any, kwargs: Any) -> str:
         return f"{literal(args[0])} {_OPERATORS[name]} {literal(args[1])}"
     shown = [literal(arg) for arg in args]
     shown += [f"{key}={literal(value)}" for key, value in kwargs.items()]
-    return f"{_callee(writer, target, name)}({', '.join(shown)})"
+    return f"{_callee(target, name, names)}({', '.join(shown)})"
 
 
-def _callee(writer: _Writer, target: Any, name: str) -> str:
+def _callee(target: Any, name: str, names: dict[str, Any]) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return _SHORT.get(str(target), f"ops.{target}")
     unique = f"fn_{name}"
-    writer.names[unique] = target
+    names[unique] = target
     return unique
 
 
 def literal(item: Any) -> str:
     """A Python expression for a constant of a graph."""
-    if isinstance(item, _Verbatim):
+    if isinstance(item, Verbatim):
         return str(item)
     if isinstance(item, float):
         return repr(item) if isfinite(item) else f'float("{item}")'
@@ -249,9 +250,9 @@ def _body(lines: list[_Line], dead: dict[int, list[str]]) -> Iterator[str]:
 def _returned(unit: Unit) -> tuple[str, set[str]]:
     kept: set[str] = set()
 
-    def shown(node: fx.Node) -> _Verbatim:
+    def shown(node: fx.Node) -> Verbatim:
         kept.add(variable(node.name))
-        return _Verbatim(variable(node.name))
+        return Verbatim(variable(node.name))
 
     (outputs,) = map_nodes(unit.module.graph.output_node().args, shown)
     return literal(list(outputs)), kept

@@ -25,21 +25,14 @@ from nanoflow_compiler.graphs import call_nodes
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CapturedGraph
 
-__all__ = ["PLANNED_TOKENS", "CapturedStep", "capture_step", "step_arguments"]
+__all__ = ["NUM_GIVEN", "PLANNED_TOKENS", "capture_step", "step_arguments", "weights_of"]
 
 PLANNED_TOKENS = 512
 """Tokens that plans are estimated for, where nothing else is said."""
 _TRACED_ROWS = 64
 _GIVEN = ("num_tokens", "num_rows", "input_ids", "positions", "rows")
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedStep:
-    """The graph of one step; its placeholders are those of :func:`step_arguments`, then weights."""
-
-    graph: CapturedGraph
-    weights: tuple[Tensor, ...]
-    """Parameters and buffers, in the order of their placeholders."""
+NUM_GIVEN = len(_GIVEN)
+"""Placeholders before those of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +47,23 @@ def step_arguments(input_ids: Tensor, positions: Tensor, rows: Tensor) -> list[A
     return [input_ids.shape[0], rows.shape[0], input_ids, positions, rows]
 
 
-def capture_step(packed: PackedDecoder, *, tokens: int = PLANNED_TOKENS) -> CapturedStep:
+def weights_of(packed: PackedDecoder) -> list[Tensor]:
+    """Parameters and buffers, in the order of their placeholders."""
+    return [*_named_weights(packed).values()]
+
+
+def _named_weights(packed: PackedDecoder) -> dict[str, Tensor]:
+    return dict(packed.named_parameters()) | dict(packed.named_buffers())
+
+
+def capture_step(packed: PackedDecoder, *, tokens: int = PLANNED_TOKENS) -> CapturedGraph:
     """Trace one step of ``tokens`` tokens; nothing is computed.
 
+    Placeholders are those of :func:`step_arguments`, then those of :func:`weights_of`.
     Raises :class:`UnsupportedGraphError` for a model that reads values of tensors in Python, or
     that takes a different path for different numbers of tokens.
     """
-    weights = dict(packed.named_parameters()) | dict(packed.named_buffers())
+    weights = _named_weights(packed)
     try:
         traced = _trace(packed, weights, tokens=tokens)
     except NanoflowError:
@@ -73,8 +76,7 @@ def capture_step(packed: PackedDecoder, *, tokens: int = PLANNED_TOKENS) -> Capt
     names = _name_placeholders(traced.module, list(weights))
     parameters = (n for n, w in zip(names, weights.values(), strict=True) if _is_parameter(w))
     seeds = (("input_ids", 0), ("positions", 0))
-    graph = CapturedGraph(traced.module, tuple(parameters), seeds, tokens)
-    return CapturedStep(graph, tuple(weights.values()))
+    return CapturedGraph(traced.module, tuple(parameters), seeds, tokens)
 
 
 def _refused(packed: PackedDecoder, why: str) -> UnsupportedGraphError:
@@ -137,4 +139,4 @@ def _name_placeholders(module: fx.GraphModule, weights: list[str]) -> list[str]:
         node._rename(name)
         node.target = node.name
     module.recompile()
-    return [node.name for node in placeholders[len(_GIVEN) :]]
+    return [node.name for node in placeholders[NUM_GIVEN:]]

@@ -52,6 +52,8 @@ class CompileConfig:
     """Merge linears that share an input into one GEMM."""
     training: TrainingMode = "inductor"
     """Who compiles a graph that needs gradients, which this compiler does not split."""
+    cache: bool = True
+    """Keep the compiled step of a model that is loaded by name, so that the next start is warm."""
     dump: str | Path | None = None
     """Directory that receives the numbered text of every step and the generated source."""
 
@@ -63,8 +65,9 @@ class CompileConfig:
         _check_choice("clusters", self.clusters, get_args(ClusterMode))
         _check_choice("training", self.training, get_args(TrainingMode))
         _check_choice("device", self.device, ("auto", *DEVICE_SPECS))
-        if not isinstance(self.fuse, bool):
-            raise ConfigError(f"fuse must be True or False, not {self.fuse!r}")
+        for name in ("fuse", "cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.dump is not None and not isinstance(self.dump, str | Path):
             raise ConfigError(f"dump must be a directory path, not {self.dump!r}")
 

@@ -50,7 +50,7 @@ class Report:
 def inspect(decoder: Decoder) -> Report:
     """Capture and analyse the packed step of ``decoder``; nothing is compiled or run."""
     packed = PackedDecoder(decoder.model, max_length=decoder.max_model_len)
-    captured = capture_step(packed).graph
+    captured = capture_step(packed)
     graph = analyse(captured, config=CompileConfig(), step=Stepper())
     fusions = Counter(fusion.kind for fusion in captured.module.meta["fusions"])
     return Report(

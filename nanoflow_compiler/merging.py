@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["merge_rows"]
+__all__ = ["are_adjacent", "merge_rows"]
 
 
 def merge_rows(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def merge_rows(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if isinstance(parameters[0], FakeTensor):
         return torch.cat([*parameters])
-    if _adjacent(parameters):
+    if are_adjacent(parameters):
         first = parameters[0].detach()
         rows = sum(parameter.shape[0] for parameter in parameters)
         return first.as_strided((rows, *first.shape[1:]), first.stride())
@@ -32,7 +32,8 @@ def merge_rows(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return merged
 
 
-def _adjacent(parameters: Sequence[torch.Tensor]) -> bool:
+def are_adjacent(parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether the parameters follow each other in memory, as :func:`merge_rows` leaves them."""
     if not all(parameter.is_contiguous() for parameter in parameters):
         return False
     return all(

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nanoflow_compiler.capture import CapturedStep, capture_step, step_arguments
+from nanoflow_compiler.backends.toolchain import prepare_toolchain
+from nanoflow_compiler.capture import NUM_GIVEN, capture_step, step_arguments, weights_of
 from nanoflow_compiler.compiler import device_of, stepper_for
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CompiledGraph, compile_graph
+from nanoflow_compiler.step_cache import load_step, save_step, step_folder
 
 __all__ = ["PackedStep", "compile_packed"]
 
@@ -18,12 +20,11 @@ __all__ = ["PackedStep", "compile_packed"]
 class PackedStep:
     """``(input_ids [T], positions [T], rows [R], cuts) -> logits [R, V]``, float32."""
 
-    def __init__(self, captured: CapturedStep, compiled: CompiledGraph) -> None:
-        self._weights = captured.weights
+    def __init__(self, compiled: CompiledGraph, weights: Sequence[Tensor]) -> None:
         self.compiled = compiled
-        compiled.binder(
-            [*[None] * 5, *self._weights]
-        )  # merges weights once, outside of inference mode
+        self._weights = list(weights)
+        # Here, once, since weights cannot be merged in inference mode.
+        compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
         planned = compiled.executables[-1]
         self.num_cells = planned.num_cells
         self.attention_parts = planned.attention_parts
@@ -33,7 +34,8 @@ class PackedStep:
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, cuts: Sequence[int]
     ) -> Tensor:
         """Run one step; with an empty cell the unsplit program runs instead."""
-        inputs = self.compiled.binder([*step_arguments(input_ids, positions, rows), *self._weights])
+        given = step_arguments(input_ids, positions, rows)
+        inputs = self.compiled.binder.fill([*given, *self._weights])
         if any(start == end for start, end in itertools.pairwise(cuts)):
             whole = (0, input_ids.shape[0])
             (logits,) = self.compiled.executables[0](inputs, whole)
@@ -47,11 +49,26 @@ class PackedStep:
         self.compiled.close()
 
 
-def compile_packed(packed: PackedDecoder, config: CompileConfig) -> PackedStep:
-    """The compiled step of a decoder; raises :class:`UnsupportedGraphError` if it breaks."""
+def compile_packed(packed: PackedDecoder, config: CompileConfig, *, keep: bool) -> PackedStep:
+    """The compiled step of a decoder; raises :class:`UnsupportedGraphError` if it breaks.
+
+    ``keep`` says that the modules are as their class and configuration say, so that a step kept
+    by an earlier process is the same one; options ``cache`` and ``dump`` may still forbid it.
+    """
+    folder = step_folder(packed, config) if keep and config.cache and not config.dump else None
+    compiled = load_step(folder) if folder else None
+    if compiled is None:
+        compiled = _compile(packed, config)
+        if folder:
+            save_step(folder, compiled)
+    return PackedStep(compiled, weights_of(packed))
+
+
+def _compile(packed: PackedDecoder, config: CompileConfig) -> CompiledGraph:
+    if packed.device.type == "cpu" and config.clusters == "inductor":
+        prepare_toolchain()
     step = stepper_for(config)
     captured = capture_step(packed)
-    device = device_of(config, captured.weights)
+    device = device_of(config, weights_of(packed))
     with torch.no_grad():
-        compiled = compile_graph(captured.graph, config=config, device=device, step=step)
-    return PackedStep(captured, compiled)
+        return compile_graph(captured, config=config, device=device, step=step)

@@ -1,13 +1,13 @@
 """From a captured graph to something that runs: the pipeline, once for every candidate of parts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from nanoflow_compiler.backends import Executable, get_backend
-from nanoflow_compiler.backends.binding import InputBinder
+from nanoflow_compiler.backends.binding import InputBinder, write_binding
 from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.rows import even_cuts
 from nanoflow_compiler.backends.unit import Unit
@@ -70,13 +70,15 @@ def compile_graph(
         _build(plan, unit, kernels, config=config, step=step, name=f"program_{at}")
         for at, plan in enumerate(plans)
     ]
-    binder = InputBinder(
+    layout, names = write_binding(
         captured.module,
         inputs=ops.inputs,
         weights=captured.weights,
         bound=bound_nodes(captured.module, frozenset(captured.weights)),
     )
-    return CompiledGraph(tuple(executables), binder, _tokens_of(captured), tuple(plans), decision)
+    step.note("binding", layout.source)
+    binder = InputBinder(layout, names)
+    return CompiledGraph(tuple(executables), binder, kernels, decision, _tokens_of(captured))
 
 
 def _plan(
@@ -150,10 +152,9 @@ class CompiledGraph:
 
     executables: tuple[Executable, ...]
     binder: InputBinder
-    tokens_at: tuple[int, int] | None
-    plans: tuple[Schedule, ...]
+    kernels: Kernels
     decision: str
-    _closed: bool = field(default=False)
+    tokens_at: tuple[int, int] | None = None
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """Outputs for the values of the placeholders; cells of like size."""

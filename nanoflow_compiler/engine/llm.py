@@ -162,6 +162,8 @@ class _Served:
     path: Path | None
     max_model_len: int
     eos_token_ids: frozenset[int]
+    loaded: bool
+    """Loaded here, so that no one can have changed its modules."""
 
     @classmethod
     def find(
@@ -172,6 +174,7 @@ class _Served:
         dtype: str | torch.dtype,
         load_format: Literal["auto", "dummy"],
     ) -> "_Served":
+        loaded = isinstance(model, str | Path)
         if isinstance(model, str | Path):
             model = load_decoder(model, dtype=dtype, load_format=load_format)
         elif dtype != "auto" or load_format != "auto":
@@ -185,6 +188,7 @@ class _Served:
                 path=model.path,
                 max_model_len=model.max_model_len,
                 eos_token_ids=model.eos_token_ids,
+                loaded=loaded,
             )
         return cls(
             model=model,
@@ -192,6 +196,7 @@ class _Served:
             path=None,
             max_model_len=max_model_len(model.config),
             eos_token_ids=eos_token_ids(model.generation_config, model.config),
+            loaded=False,
         )
 
 
@@ -207,7 +212,7 @@ def _make_core(
     cache = KVCache.allocate(packed.layers, num_blocks=usable + 1, device=packed.device)
     allocator = BlockAllocator(usable + 1, block_size=BLOCK_SIZE)
     return EngineCore(
-        _make_runner(packed, cache=cache, compile_config=compile_config),
+        _make_runner(packed, cache=cache, compile_config=compile_config, keep=served.loaded),
         batcher=Batcher(
             allocator,
             max_num_seqs=config.max_num_seqs,
@@ -221,14 +226,14 @@ def _make_core(
 
 
 def _make_runner(
-    packed: PackedDecoder, *, cache: KVCache, compile_config: CompileConfig | None
+    packed: PackedDecoder, *, cache: KVCache, compile_config: CompileConfig | None, keep: bool
 ) -> ModelRunner:
     if compile_config is None:
         return ModelRunner(EagerStep(packed), cache=cache)
     # Imported here, because an eager engine needs no compiler.
     from nanoflow_compiler.packed import compile_packed
 
-    step: StepFn = compile_packed(packed, compile_config)
+    step: StepFn = compile_packed(packed, compile_config, keep=keep)
     return ModelRunner(step, cache=cache)
 
 

@@ -1,16 +1,16 @@
 """``verify(value, where=...)`` raises :class:`InvalidProgramError` if a value breaks its rule."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import singledispatch
 from itertools import pairwise
 
 import networkx as nx
 
 from nanoflow_compiler.errors import InvalidProgramError
-from nanoflow_compiler.ir.graph import Op, OpGraph, ValueKind
+from nanoflow_compiler.ir.graph import Op, OpGraph, Read, Value, ValueKind
 from nanoflow_compiler.ir.nano import NanoGraph, required_edges
 from nanoflow_compiler.ir.program import Program
-from nanoflow_compiler.ir.replay import replay
+from nanoflow_compiler.ir.replay import is_order, replay
 from nanoflow_compiler.ir.schedule import Schedule, Slot
 
 __all__ = ["verify"]
@@ -29,6 +29,7 @@ def _(graph: OpGraph, *, where: str) -> None:
     values = graph.value_by_name()
     known = set(graph.inputs)
     _require_unique((op.name for op in graph.ops), "operation", where)
+    _check_values(graph, where)
     for op in graph.ops:
         for read in op.reads:
             if read.value not in known:
@@ -43,21 +44,46 @@ def _(graph: OpGraph, *, where: str) -> None:
                     f"{op.name} writes {name}, which is no value", where=where
                 )
             known.add(name)
-        _check_parts_rule(op, graph, where)
+        _check_parts_rule(op, values, where)
     if missing := [name for name in graph.outputs if name not in known]:
         raise InvalidProgramError(f"outputs {missing} are never written", where=where)
 
 
-def _check_parts_rule(op: Op, graph: OpGraph, where: str) -> None:
-    values = graph.value_by_name() if op.splits else {}
-    if not op.splits and any(read.axis or read.prefix for read in op.reads):
-        raise InvalidProgramError(f"{op.name} runs whole but reads a part", where=where)
-    for name in op.writes if op.splits else ():
+def _check_values(graph: OpGraph, where: str) -> None:
+    _require_unique((value.name for value in graph.values), "value", where)
+    for value in graph.values:
+        if is_order(value.name) != (value.kind in (ValueKind.KV, ValueKind.CONTROL)):
+            raise InvalidProgramError(
+                f"{value}: what only orders has a name with '!', all else has none", where=where
+            )
+    if missing := set(graph.inputs) - {value.name for value in graph.values}:
+        raise InvalidProgramError(f"inputs {sorted(missing)} are no values", where=where)
+
+
+def _check_parts_rule(op: Op, values: Mapping[str, Value], where: str) -> None:
+    if not op.splits:
+        if any(read.axis or read.prefix for read in op.reads):
+            raise InvalidProgramError(f"{op.name} runs whole but reads a part", where=where)
+        return
+    for read in op.reads:
+        _check_part_read(op, read, values[read.value], where)
+    for name in op.writes:
         value = values[name]
-        if value.kind is ValueKind.DATA and value.axis is None:
+        if value.axis is None and not is_order(name):
             raise InvalidProgramError(
                 f"{op.name} runs in parts but {name} has no token axis", where=where
             )
+
+
+def _check_part_read(op: Op, read: Read, value: Value, where: str) -> None:
+    if read.prefix and value.kind is not ValueKind.KV:
+        raise InvalidProgramError(
+            f"{op.name} reads {read}, but only a KV cache is read up to a token", where=where
+        )
+    if read.axis and value.axis and read.axis != value.axis:
+        raise InvalidProgramError(
+            f"{op.name} reads {read}, but its parts lie along {value.axis}", where=where
+        )
 
 
 @verify.register
