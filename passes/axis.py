@@ -28,9 +28,8 @@ from torch import fx
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.graphs import has_effect, is_size, overload, shape_of, size_expr
 from nanoflow_compiler.passes import axis_compute_rules, axis_shape_rules
-from nanoflow_compiler.passes.axis_compute_rules import register_packed
+from nanoflow_compiler.passes.axis_compute_rules import register_packed, rule_of
 from nanoflow_compiler.passes.axis_rules import (
-    RULES,
     Operands,
     Placement,
     Refusal,
@@ -41,7 +40,7 @@ __all__ = ["axis", "joins"]
 
 aten = torch.ops.aten
 
-# Importing these modules fills RULES.
+# Importing these modules fills axis_rules.RULES.
 RULE_MODULES = (axis_compute_rules, axis_shape_rules)
 
 
@@ -92,7 +91,7 @@ def _classify(node: fx.Node, tokens: sympy.Expr | None) -> NodeAxis:
     if tokens is None or not any(_carries_rows(mark) for mark in marks):
         return NodeAxis(Status.SHARED, rows=_element_of_join(node, marks, tokens))
     try:
-        rule = RULES.get(overload(node))
+        rule = rule_of(overload(node))
         if rule is None:
             raise Refusal("no rule for this operation")
         placement = rule(Operands(node, tokens))
@@ -160,6 +159,8 @@ def _free_token_sizes(node: fx.Node, placement: Placement) -> None:
             sizes[dim] = -1
         elif isinstance(size, int) and size == -1 and not keeps:
             sizes[dim] = _static(shape[dim])
+        if dim != placement.rows.dim and not keeps and sizes[dim] == 0:
+            raise Refusal("an empty tensor does not tell how many tokens it has")
     node.update_arg(placement.size_arg, sizes)
 
 

@@ -1,6 +1,7 @@
 """TOKEN rules of operations that compute: pointwise, reductions, matrix products, attention."""
 
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nanoflow_compiler.passes.axis_rules import (
     Operands,
     Placement,
     Refusal,
+    Rule,
     broadcast,
     first_rows,
     output_rank,
@@ -24,37 +26,41 @@ from nanoflow_compiler.passes.axis_rules import (
 )
 from nanoflow_compiler.rows import Rows
 
-__all__ = ["pointwise_packets"]
+__all__ = ["is_pointwise", "rule_of"]
 
 aten = torch.ops.aten
 
 
-def pointwise_packets() -> set[object]:
-    """ATen's own list of operations that treat every element alike (``torch.Tag.pointwise``)."""
-    found: set[object] = set()
-    for name in dir(aten):
-        packet = getattr(aten, name)
-        if not isinstance(packet, torch._ops.OpOverloadPacket) or name.endswith("_"):
-            continue
-        tags = [getattr(packet, overload).tags for overload in packet.overloads()]
-        if any(torch.Tag.pointwise in each for each in tags):
-            found.add(packet)
-    return found
+@cache
+def is_pointwise(packet: object) -> bool:
+    """Whether ATen says that it treats every element alike (``torch.Tag.pointwise``).
+
+    Asked of each packet, since there is no list of them: ``dir(torch.ops.aten)`` is of what some
+    import has used so far. Where it also draws random numbers, parts would draw others.
+    """
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or packet.__name__.endswith("_"):
+        return False
+    tags = {tag for name in packet.overloads() for tag in getattr(packet, name).tags}
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-# Tagged pointwise, but each element depends on a random state, which parts would draw anew.
-_RANDOM = set(packets("bernoulli dropout native_dropout rrelu rrelu_with_noise normal"))
-_COPIES = "clone _to_copy contiguous alias detach lift_fresh_copy zeros_like ones_like full_like"
+def rule_of(packet: object) -> Rule | None:
+    """The rule of an operator packet, if one is known."""
+    found = RULES.get(packet)
+    return _pointwise if found is None and is_pointwise(packet) else found
 
 
 def _pointwise(ops: Operands) -> Placement:
+    if not isinstance(ops.node.meta["val"], torch.Tensor):
+        raise Refusal("makes several tensors")
     operands = [*ops.node.args, *ops.node.kwargs.values()]
     if any(isinstance(operand, list | tuple) for operand in operands):
         raise Refusal("takes a list of tensors")
     return ops.placed(broadcast(ops, operands, output_rank(ops)))
 
 
-for _packet in (pointwise_packets() - _RANDOM) | set(packets(_COPIES)):
+_COPIES = "clone _to_copy contiguous alias detach lift_fresh_copy zeros_like ones_like full_like"
+for _packet in packets(_COPIES):
     RULES[_packet] = _pointwise
 for _name in ("all_reduce", "wait_tensor"):
     if hasattr(torch.ops._c10d_functional, _name):
@@ -168,7 +174,9 @@ def _attention(ops: Operands) -> Placement:
         raise Refusal("attends over the tokens")
     for operand in (query, key, value):
         ops.align(operand, rows)
-    mask = ops.arg(3, "attn_mask") or ops.node.kwargs.get("attn_bias")
+    if ops.named("dropout_p") or ops.named("dropout_mask") is not None:
+        raise Refusal("draws random numbers")
+    mask = ops.named("attn_mask") or ops.named("attn_bias")
     if isinstance(mask, fx.Node):
         ops.align(mask, Rows(rank_of(mask) - rank_of(query), rows.multiple))
     return ops.placed(_first_dim_rows(ops, rows))

@@ -17,7 +17,7 @@ from torch import fx
 from nanoflow_compiler.graphs import shape_of, size_expr
 from nanoflow_compiler.rows import Placed, Rows
 
-__all__ = ["RULES", "Operands", "Placement", "Refusal"]
+__all__ = ["RULES", "Operands", "Placement", "Refusal", "Rule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,12 @@ class Operands:
             self.read(operand, rows)
         else:
             raise Refusal(f"{operand.name} does not line up with the tokens")
+
+    def align_exactly(self, operand: object, rows: Rows) -> None:
+        """As ``align``, where the operation does not broadcast: one row is then the first row."""
+        if isinstance(operand, fx.Node) and shape_of(operand)[rows.dim] == 1:
+            raise Refusal(f"{operand.name} has one row for all tokens")
+        self.align(operand, rows)
 
     def placed(self, rows: Placed, *, size_arg: int | None = None) -> Placement:
         """The answer, with what was read; what no one asked about is read whole."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -33,6 +32,8 @@ aten = torch.ops.aten
 def _view(ops: Operands) -> Placement:
     source = ops.arg(0)
     rows = first_rows(ops)
+    if not isinstance(ops.arg(1), list | tuple):
+        raise Refusal("reads elements as another type")
     out = regroup(ops, shape_of(source), rows, value_shape(ops.node.meta["val"]))
     ops.read(source, rows)
     return ops.placed(out, size_arg=1)
@@ -81,6 +82,8 @@ def _squeeze(ops: Operands) -> Placement:
     shape = shape_of(ops.arg(0))
     asked = ops.arg(1, "dim", list(range(len(shape))))
     dims = {positive(dim, len(shape)) for dim in ([asked] if isinstance(asked, int) else asked)}
+    if rows.dim in dims:
+        raise Refusal("would drop the dimension of the tokens where there is one")
     gone = sum(dim < rows.dim and shape[dim] == 1 for dim in dims)
     ops.read(ops.arg(0), rows)
     return ops.placed(Rows(rows.dim - gone, rows.multiple))
@@ -173,8 +176,9 @@ def _index_select(ops: Operands) -> Placement:
     at = positive(dim, rank_of(source))
     rows = ops.rows(source)
     if rows is None:
-        ops.read(index, ops.rows(index))
-        return ops.placed(Rows(at, sympy.Integer(1)))
+        rows = first_rows(ops, 2)
+        ops.read(index, rows)
+        return ops.placed(Rows(at, rows.multiple))
     if rows.dim == at:
         raise Refusal("picks tokens by index")
     ops.read(source, rows)
@@ -191,8 +195,8 @@ def _gather(ops: Operands) -> Placement:
         ops.whole(source)
         ops.read(index, rows)
         return ops.placed(rows)
-    ops.align(source, rows)
-    ops.align(index, rows)
+    ops.align_exactly(source, rows)
+    ops.align_exactly(index, rows)
     return ops.placed(rows)
 
 
@@ -245,7 +249,8 @@ def _index_copy(ops: Operands) -> Placement:
     if positive(dim, rank_of(target)) == rows.dim:
         raise Refusal("writes tokens by index")
     ops.read(target, rows)
-    ops.align(source, rows)
+    if isinstance(source, fx.Node) and rank_of(source):  # a number may fill, too
+        ops.align_exactly(source, rows)
     return ops.placed(rows)
 
 
@@ -256,7 +261,7 @@ def _scatter(ops: Operands) -> Placement:
     if rows is None or positive(dim, rank_of(target)) == rows.dim:
         raise Refusal("writes tokens by index")
     for operand in (target, index, source):
-        ops.align(operand, rows)
+        ops.align_exactly(operand, rows)
     return ops.placed(rows)
 
 
@@ -267,6 +272,6 @@ def _slice_scatter(ops: Operands) -> Placement:
     assert rows is not None
     if positive(ops.arg(2, "dim", 0), rank_of(target)) == rows.dim:
         raise Refusal("writes a range of tokens")
-    ops.align(target, rows)
-    ops.align(source, rows)
+    ops.align_exactly(target, rows)
+    ops.align_exactly(source, rows)
     return ops.placed(rows)
