@@ -89,7 +89,8 @@ class _Walk:
         self.read(source, split.lane, str(split))
         first, last = self.cells(source)
         inside = first <= target.first < target.last <= last and target.dim is not None
-        if source.value != target.value or not inside:
+        along = source.dim in (None, target.dim)
+        if source.value != target.value or not inside or not along:
             self.fail(f"cannot take {target} from {source}")
         self.write(target, self.order.issue(split.lane))
 
@@ -99,7 +100,7 @@ class _Walk:
         bounds = [self.cells(span) for span in merge.sources]
         first, last = self.cells(merge.target)
         joined = [first, *(end for _, end in bounds)] == [*(begin for begin, _ in bounds), last]
-        alike = all(
+        alike = merge.target.dim in (None, merge.dim) and all(
             (span.value, span.dim) == (merge.target.value, merge.dim) for span in merge.sources
         )
         if not joined or not alike:
@@ -135,7 +136,7 @@ class _Walk:
         for (begin, end), stamp in sorted(pieces.items(), key=lambda item: item[0]):
             if end > first and begin < last:
                 stamps.append(stamp)
-                at = end if begin <= at else at
+                at = max(at, end) if begin <= at else at
         if at < last:
             self.fail(f"{span} is not complete before: {reader}")
         return stamps
