@@ -127,7 +127,7 @@ def sizes_told_by(*sizes):
 
 
 def test_symbols_are_found_where_sizes_tell_them():
-    assert sizes_told_by(lambda a, b, _: a, lambda a, b, _: 3 * a * b + a) == {"a": 5, "b": 7}
+    assert sizes_told_by(lambda a, _b, _c: a, lambda a, b, _: 3 * a * b + a) == {"a": 5, "b": 7}
     assert sizes_told_by(lambda a, b, c: a * b * c, lambda _a, _b, c: c + 2) == {"c": 11, "b": 35}
     assert sizes_told_by(lambda a, b, _: a * b, lambda a, b, _: 2 * a * b) == {"b": 35}
 
