@@ -52,7 +52,7 @@ def test_a_second_start_traces_nothing(checkpoint, cache, monkeypatch, options):
     assert list(cache.iterdir()) == [folder]
 
 
-def test_other_weights_use_the_same_step(checkpoint, cache, monkeypatch):
+def test_other_weights_use_the_same_step(checkpoint, monkeypatch):
     tokens(checkpoint, options=EAGER_CLUSTERS)
     torch.manual_seed(9)
     other = llama()
