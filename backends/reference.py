@@ -6,7 +6,6 @@ wait shows as a read of something not yet written, which is an error and never a
 
 import random
 from collections import deque
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,17 @@ from nanoflow_compiler.backends.rows import merge, take
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
 from nanoflow_compiler.errors import InvalidProgramError
 from nanoflow_compiler.graphs import map_nodes
-from nanoflow_compiler.ir import Instruction, Launch, Merge, Op, Program, Record, Span, Split, Wait
+from nanoflow_compiler.ir import (
+    Instruction,
+    Launch,
+    Merge,
+    Program,
+    Read,
+    Record,
+    Span,
+    Split,
+    Wait,
+)
 from nanoflow_compiler.ir.replay import is_order
 from nanoflow_compiler.ir.verify import verify
 
@@ -71,20 +80,21 @@ def _check_launches(program: Program, unit: Unit) -> None:
         raise InvalidProgramError(f"{', '.join(sorted(missing))} never run", where="reference")
     for launch in launches:
         op = unit.ops.get(launch.op)
-        whole = (launch.first, launch.last) == (0, program.num_cells)
-        if op is None or _places(launch.reads) != _reads(op, whole=whole):
+        if op is None or [(span.value, span.dim) for span in launch.reads] != [
+            _place(read, launch, program.num_cells) for read in op.reads
+        ]:
             raise InvalidProgramError(f"reads other values: {launch}", where="reference")
         if [span.value for span in launch.writes] != list(op.writes):
             raise InvalidProgramError(f"writes other values: {launch}", where="reference")
 
 
-def _places(spans: Iterable[Span]) -> list[tuple[str, int | None]]:
-    return [(span.value, None if is_order(span.value) else span.dim) for span in spans]
-
-
-def _reads(op: Op, *, whole: bool) -> list[tuple[str, int | None]]:
-    """Values and dimensions along which a launch reads them in part."""
-    return [(read.value, None if whole or not read.axis else read.axis.dim) for read in op.reads]
+def _place(read: Read, launch: Launch, num_cells: int) -> tuple[str, int | None]:
+    """A value, and the dimension along which a launch reads it in part; for an order value 0."""
+    first = 0 if read.prefix else launch.first
+    if (first, launch.last) == (0, num_cells):
+        return read.value, None
+    dim = read.axis.dim if read.axis else None
+    return read.value, 0 if read.prefix else dim
 
 
 def _interleaved(program: Program, choice: random.Random) -> list[Instruction]:
