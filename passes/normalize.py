@@ -106,6 +106,17 @@ def _no_op_shape(node: fx.Node) -> fx.Node | None:
     return source if _same_type_and_shape(node, source) else None
 
 
+def _one_spelling_of_transpose(node: fx.Node) -> fx.Node | None:
+    """``fuse`` looks for ``t``, whichever of its names a model used for its weights."""
+    source = operand(node, 0)
+    dims: Any = node.args[1] if overload(node) is aten.permute else node.args[1:]
+    if len(shape_of(source)) == 2 and sorted(dim % 2 for dim in dims) == [0, 1]:
+        if overload(node) is aten.permute and [dim % 2 for dim in dims] == [0, 1]:
+            return source
+        node.target, node.args = aten.t.default, (source,)
+    return None
+
+
 def _squeeze(node: fx.Node) -> fx.Node | None:
     """Drop the dimensions that the trace saw as one for any number of tokens, also for one token."""
     source = operand(node, 0)
@@ -117,6 +128,43 @@ def _squeeze(node: fx.Node) -> fx.Node | None:
         return source
     node.target, node.args = aten.squeeze.dims, (source, ones)
     return None
+
+
+def _overwritten(node: fx.Node) -> fx.Node | None:
+    """``copy(x, y)``, an assignment made functional, is ``y`` where that has the type and shape."""
+    source = operand(node, 1)
+    return source if _same_type_and_shape(node, source) else None
+
+
+def _assembled(node: fx.Node) -> fx.Node | None:
+    """Slices that fill an empty tensor along one dimension are the pieces of a ``cat``."""
+    dim = _scatter_range(node)[0]
+    pieces: dict[tuple[int, int], fx.Node] = {}
+    base = node
+    while overload(base) is aten.slice_scatter and _scatter_range(base)[0] == dim:
+        _, start, end = _scatter_range(base)
+        pieces[start, end] = operand(base, 1)
+        base = operand(base, 0)
+    ranges = sorted(pieces)
+    edges = [0, *(end for _, end in ranges)]
+    full = edges[-1] == shape_of(node)[dim] and [start for start, _ in ranges] == edges[:-1]
+    if overload(base) not in (aten.new_empty, aten.empty) or not full:
+        return None
+    with node.graph.inserting_before(node):
+        ordered = [pieces[each] for each in ranges]
+        return insert_call(node.graph, aten.cat.default, ordered, dim, like=node)
+
+
+def _scatter_range(node: fx.Node) -> tuple[int, int, int]:
+    """Dimension, start and end of a ``slice_scatter``; -1 and -1 for what is no plain range."""
+    given: list[Any] = [*node.args[2:]]
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    size = shape_of(node)[dim]
+    begin, stop = start or 0, size if end is None else end
+    numbers = all(isinstance(each, int) for each in (begin, end or 0))
+    if not numbers or not size.is_Integer or begin < 0 or stop < 0 or step != 1:
+        return dim, -1, -1
+    return dim, begin, min(int(stop), int(size))
 
 
 def _times_one(node: fx.Node) -> fx.Node | None:
@@ -197,9 +245,13 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.expand: _no_op_shape,
     aten.slice: _no_op_shape,
     aten.squeeze: _squeeze,
+    aten.permute: _one_spelling_of_transpose,
+    aten.transpose: _one_spelling_of_transpose,
     aten.mul: _times_one,
     aten.add: _plus_zero,
     aten.cat: _drop_empty_pieces,
+    aten.copy: _overwritten,
+    aten.slice_scatter: _assembled,
     aten.bmm: _product_of_one,
     aten.new_ones: _constructor,
     aten.new_zeros: _constructor,
