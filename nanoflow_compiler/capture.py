@@ -23,6 +23,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from nanoflow_compiler.errors import NanoflowError, UnsupportedGraphError
 from nanoflow_compiler.graphs import call_nodes
 from nanoflow_compiler.models.hf import PackedDecoder
+from nanoflow_compiler.naming import name_placeholders
 from nanoflow_compiler.pipeline import CapturedGraph
 
 __all__ = ["NUM_GIVEN", "PLANNED_TOKENS", "capture_step", "step_arguments", "weights_of"]
@@ -73,7 +74,8 @@ def capture_step(packed: PackedDecoder, *, tokens: int = PLANNED_TOKENS) -> Capt
     if guards := traced.shapes.guards:
         branches = ", ".join(sorted({str(guard.expr) for guard in guards}))
         raise _refused(packed, f"it depends on the number of tokens ({branches})")
-    names = _name_placeholders(traced.module, list(weights))
+    wanted = [*_GIVEN, *(re.sub(r"\W", "_", name.removeprefix("model.")) for name in weights)]
+    names = name_placeholders(traced.module, wanted)[NUM_GIVEN:]
     parameters = (n for n, w in zip(names, weights.values(), strict=True) if _is_parameter(w))
     seeds = (("input_ids", 0), ("positions", 0))
     return CapturedGraph(traced.module, tuple(parameters), seeds, tokens)
@@ -129,14 +131,3 @@ def _size(shapes: ShapeEnv, name: str, hint: int) -> Any:
     source = ConstantSource(f"num_{name}")
     symbol = shapes.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return shapes.create_symintnode(symbol, hint=hint, source=source)
-
-
-def _name_placeholders(module: fx.GraphModule, weights: list[str]) -> list[str]:
-    """Name inputs as the model does; returns the names of the weights' placeholders."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    wanted = [*_GIVEN, *(re.sub(r"\W", "_", name.removeprefix("model.")) for name in weights)]
-    for node, name in zip(placeholders, wanted, strict=True):
-        node._rename(name)
-        node.target = node.name
-    module.recompile()
-    return [node.name for node in placeholders[NUM_GIVEN:]]
