@@ -9,19 +9,22 @@ def find_layers(signatures: Sequence[Hashable]) -> list[int | None]:
     """For each position the index of its layer, or None outside of the repetition.
 
     Finds the period whose repetitions cover the most positions (of those, the shortest): a
-    layer is one period. A model without at least two equal stretches has no layers.
+    layer is one period. The last layer of a model may end in another way, since nothing follows
+    it: half of a period more is one more layer. Without at least two equal stretches there are none.
     """
-    best = (0, 0, 0)  # positions covered, -period, start
+    best = (0, 0, 0, 0)  # positions covered, -period, start, positions of one more layer
     for period in range(1, len(signatures) // 2 + 1):
         if best[0] == len(signatures):
             break
         for start, length in _runs(signatures, period):
             covered = (length // period + 1) * period
             if length >= period:
-                best = max(best, (covered, -period, start), key=lambda found: found[:2])
-    covered, minus_period, start = best
+                found = (covered, -period, start, length % period)
+                best = max(best, found, key=lambda found: found[:2])
+    covered, minus_period, start, more = best
+    end = start + covered + (more if 2 * more >= -minus_period else 0)
     return [
-        (at - start) // -minus_period if covered and start <= at < start + covered else None
+        (at - start) // -minus_period if covered and start <= at < end else None
         for at in range(len(signatures))
     ]
 

@@ -1,0 +1,216 @@
+"""schedule: list scheduling on random DAGs keeps every rule, and what one would draw by hand."""
+
+from dataclasses import replace
+
+import networkx as nx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoflow_compiler.hardware import DEVICE_SPECS
+from nanoflow_compiler.ir import (
+    Axis,
+    Op,
+    OpGraph,
+    OpKind,
+    Read,
+    Resource,
+    Value,
+    ValueKind,
+    Work,
+)
+from nanoflow_compiler.ir.verify import verify
+from nanoflow_compiler.passes.estimate import estimate, roofline
+from nanoflow_compiler.passes.nano_split import nano_split
+from nanoflow_compiler.passes.schedule import schedule
+from strategies import MOST_LANES, device_specs, nano_graphs
+
+H200 = DEVICE_SPECS["h200-sxm"]
+ROWS = Axis(0)
+
+devices_and_graphs = device_specs().flatmap(
+    lambda device: st.tuples(st.just(device), nano_graphs(device=device))
+)
+lane_counts = st.integers(1, MOST_LANES)
+
+
+def critical_path_us(nano):
+    """The longest path, each part with the whole device to itself."""
+    graph = nx.DiGraph()
+    costs = {op.name: op.cost.time_us for op in nano.ops}
+    graph.add_nodes_from(costs)
+    graph.add_edges_from((edge.source, edge.target) for edge in nano.edges)
+    ends = {}
+    for name in nx.topological_sort(graph):
+        ends[name] = costs[name] + max((ends[n] for n in graph.predecessors(name)), default=0.0)
+    return max(ends.values())
+
+
+def end_us(plan):
+    """Of the last slot; what the power cap allows is apart."""
+    return max(slot.end_us for slot in plan.slots)
+
+
+@settings(max_examples=30, deadline=None)
+@given(devices_and_graphs, lane_counts)
+def test_it_keeps_edges_lanes_and_budgets(drawn, lanes):
+    device, nano = drawn
+    plan = schedule(nano, device=device, lanes=lanes)
+    verify(plan, where="test")
+    slots = {slot.op: slot for slot in plan.slots}
+    for edge in nano.edges:
+        assert slots[edge.source].end_us <= slots[edge.target].start_us
+    for before in plan.slots:
+        for after in plan.slots:
+            if before is not after and before.lane == after.lane:
+                apart = before.end_us <= after.start_us or after.end_us <= before.start_us
+                assert apart, (before, after)
+    for slot in plan.slots:
+        beside = [
+            other.sms for other in plan.slots if other.start_us <= slot.start_us < other.end_us
+        ]
+        assert sum(beside) <= device.num_sms
+
+
+@settings(max_examples=30, deadline=None)
+@given(devices_and_graphs, lane_counts)
+def test_slots_last_as_long_as_their_share_of_the_device_says(drawn, lanes):
+    device, nano = drawn
+    parts = nano.by_name()
+    for slot in schedule(nano, device=device, lanes=lanes).slots:
+        part = parts[slot.op]
+        kind, work = part.op.kind, part.op.work
+        if part.cost.time_us == 0:
+            assert (slot.sms, slot.start_us) == (0, slot.end_us)
+            continue
+        tokens = sum(nano.cell_tokens[part.first : part.last])
+        share = slot.sms / device.num_sms
+        cost = roofline(work, kind=kind, tokens=tokens, device=device, share=share)
+        assert slot.end_us - slot.start_us == pytest.approx(cost.time_us)
+
+
+@settings(max_examples=30, deadline=None)
+@given(devices_and_graphs, lane_counts)
+def test_the_makespan_is_between_the_critical_path_and_the_sum(drawn, lanes):
+    device, nano = drawn
+    plan = schedule(nano, device=device, lanes=lanes)
+    end = end_us(plan)
+    busy = sum(slot.end_us - slot.start_us for slot in plan.slots)
+    assert critical_path_us(nano) <= end * (1 + 1e-9)
+    assert end <= busy * (1 + 1e-9)
+    assert plan.makespan_us == max(end, plan.power_floor_us)
+
+
+@settings(max_examples=30, deadline=None)
+@given(devices_and_graphs)
+def test_one_lane_is_the_sequence_in_the_order_of_the_graph(drawn):
+    device, nano = drawn
+    plan = schedule(nano, device=device, lanes=1)
+    costs = [op.cost.time_us for op in nano.ops]
+    assert end_us(plan) == pytest.approx(sum(costs))
+    timed = [slot for slot in plan.slots if slot.sms]
+    assert [slot.op for slot in timed] == [op.name for op in nano.ops if op.cost.time_us]
+    assert {slot.sms for slot in timed} <= {device.num_sms}
+
+
+@settings(max_examples=20, deadline=None)
+@given(devices_and_graphs, lane_counts)
+def test_the_same_graph_gives_the_same_schedule(drawn, lanes):
+    device, nano = drawn
+    again = replace(nano, ops=tuple(nano.ops), edges=tuple(nano.edges))
+    assert schedule(nano, device=device, lanes=lanes) == schedule(again, device=device, lanes=lanes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(devices_and_graphs)
+def test_no_plan_is_faster_than_its_energy_allows(drawn):
+    device, nano = drawn
+    plan = schedule(nano, device=device, lanes=2)
+    joules = sum(op.cost.joules for op in nano.ops)
+    if device.power_cap_watts is None:
+        assert plan.power_floor_us == 0
+    else:
+        watts = device.power_cap_watts - device.idle_watts
+        assert plan.power_floor_us * 1e-6 * watts == pytest.approx(joules)
+
+
+def op(name, resource, reads, writes, work):
+    kind = OpKind.GEMM if resource is Resource.COMPUTE else OpKind.ATTENTION
+    return Op(name, kind, resource, (), (Read(reads, ROWS),), (writes,), splits=True, work=work)
+
+
+def decoder(layers=2):
+    """Attention bound by memory and a GEMM bound by compute, in turn, of like time."""
+    attention = Work(bytes_per_token=4.4e6, dtype="bfloat16")  # 1 us a token
+    gemm = Work(flops_per_token=670e6, dtype="bfloat16")
+    ops, values = [], [Value("x0", ValueKind.DATA, ("s0",), "bfloat16")]
+    for at in range(layers):
+        ops.append(op(f"attend{at}", Resource.MEMORY, f"x{at}", f"a{at}", attention))
+        ops.append(op(f"gemm{at}", Resource.COMPUTE, f"a{at}", f"x{at + 1}", gemm))
+        values += [
+            Value(name, ValueKind.DATA, ("s0",), "bfloat16", ROWS)
+            for name in ops[-2].writes + ops[-1].writes
+        ]
+    graph = OpGraph(tuple(ops), tuple(values), ("x0",), (f"x{layers}",), tokens=1000)
+    return estimate(graph, device=H200)
+
+
+def test_before_and_after():
+    """Two parts: one part's GEMM runs beside the other's attention, which takes a third of the SMs."""
+    nano = nano_split(decoder(), parts=2, device=H200)
+    plan = schedule(nano, device=H200, lanes=2)
+    assert str(plan).splitlines() == [
+        "schedule for h200-sxm: 8 slots on 2 lanes, 3890.2 us",
+        "  power floor 3890.2 us",
+        "  [       0.0 ..      502.0] lane 1  132 SMs  attend0.0",
+        "  [     502.0 ..     1004.0] lane 1   48 SMs  attend0.1",
+        "  [     502.0 ..     1289.7] lane 0   84 SMs  gemm0.0",
+        "  [    1289.7 ..     1791.7] lane 1   48 SMs  attend1.0",
+        "  [    1289.7 ..     2077.4] lane 0   84 SMs  gemm0.1",
+        "  [    2077.4 ..     2579.4] lane 1   48 SMs  attend1.1",
+        "  [    2077.4 ..     2865.1] lane 0   84 SMs  gemm1.0",
+        "  [    2865.1 ..     3367.1] lane 0  132 SMs  gemm1.1",
+    ]
+
+
+def test_parts_overlap_what_a_sequence_cannot():
+    nano = nano_split(decoder(layers=6), parts=2, device=H200)
+    one, two = (schedule(nano, device=H200, lanes=lanes) for lanes in (1, 2))
+    assert end_us(two) < 0.85 * end_us(one)
+
+
+def test_resources_go_to_their_lanes_and_share_the_last():
+    names = {
+        Resource.COMPUTE: 0,
+        Resource.MEMORY: 1,
+        Resource.NETWORK: 2,
+        Resource.COPY: 3,
+        Resource.HOST: 0,
+    }
+    work = Work(flops_per_token=1e6, dtype="bfloat16")
+    ops = tuple(op(str(resource), resource, "x", f"y_{resource}", work) for resource in names)
+    values = [Value(each.writes[0], ValueKind.DATA, ("s0",), "bfloat16", ROWS) for each in ops]
+    x = Value("x", ValueKind.DATA, ("s0",), "bfloat16")
+    graph = OpGraph(ops, (x, *values), ("x",), (), tokens=100)
+    nano = nano_split(estimate(graph, device=H200), parts=1, device=H200)
+    for lanes in (1, 2, 3, 4):
+        plan = schedule(nano, device=H200, lanes=lanes)
+        placed = {slot.op: slot.lane for slot in plan.slots}
+        assert placed == {str(r): min(lane, lanes - 1) for r, lane in names.items()}
+
+
+def test_a_collective_beside_others_takes_few_sms():
+    network = Work(link_bytes_per_token=900e3, dtype="bfloat16")
+    memory = Work(bytes_per_token=4.4e6, dtype="bfloat16")
+    gemm = Work(flops_per_token=670e6, dtype="bfloat16")
+    ops = (
+        op("gemm", Resource.COMPUTE, "x", "a", gemm),
+        op("attend", Resource.MEMORY, "x", "b", memory),
+        op("reduce", Resource.NETWORK, "x", "c", network),
+    )
+    values = [Value(name, ValueKind.DATA, ("s0",), "bfloat16", ROWS) for name in "abc"]
+    x = Value("x", ValueKind.DATA, ("s0",), "bfloat16")
+    graph = estimate(OpGraph(ops, (x, *values), ("x",), (), tokens=1000), device=H200)
+    plan = schedule(nano_split(graph, parts=1, device=H200), device=H200, lanes=3)
+    assert {slot.op: slot.sms for slot in plan.slots} == {"reduce": 16, "attend": 48, "gemm": 68}
+    assert {slot.start_us for slot in plan.slots} == {0.0}
