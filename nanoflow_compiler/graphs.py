@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 __all__ = [
@@ -132,12 +133,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fake_call(target: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
-    """What ``target`` returns for the fake values of its arguments."""
+def fake_call(target: Any, args: Iterable[Any], kwargs: dict[str, Any], *, like: Any = None) -> Any:
+    """What ``target`` returns for the fake values of its arguments.
+
+    ``like`` is a value of the same trace, for a call that no tensor goes into.
+    """
     values = map_nodes((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
-    modes = (t.fake_mode for t in _tensors(values) if hasattr(t, "fake_mode"))
+    modes = (t.fake_mode for t in _tensors((values, like)) if hasattr(t, "fake_mode"))
     mode = next(modes, nullcontext())
-    with unset_fake_temporarily(), mode, torch.no_grad():
+    # Without the dispatcher some operations do not take sizes that are symbols.
+    with unset_fake_temporarily(), mode, enable_python_dispatcher(), torch.no_grad():
         return target(*values[0], **values[1])
 
 
@@ -151,5 +156,5 @@ def insert_call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwarg
     node = graph.call_function(target, args, kwargs)
     keep = ("stack_trace", "nn_module_stack")
     node.meta.update({key: like.meta[key] for key in keep if key in like.meta})
-    node.meta["val"] = fake_call(target, args, kwargs)
+    node.meta["val"] = fake_call(target, args, kwargs, like=like.meta.get("val"))
     return node

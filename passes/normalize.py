@@ -6,7 +6,8 @@ its own inputs. Guarantees: no aliases, identity casts, identity products or emp
 multiplications; constructors that read no tensor; common subexpressions once; packed attention
 as append and attend; an indexed write to an input that ends in a copy to it, done in place.
 
-Must not change what any output is, bit for bit, nor the order of writes to inputs.
+Must not change what any output is, bit for bit (but for the sign of a zero where a product over
+one element becomes a multiplication), nor whose memory it is, nor the order of writes to inputs.
 Belongs first.
 """
 
@@ -47,16 +48,10 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(replacement)
             module.graph.erase_node(node)
     _write_in_place(module, kept)
-    _remove_duplicates(module)
+    _remove_duplicates(module, kept)
     module.graph.eliminate_dead_code(is_impure_node=has_effect)
     module.recompile()
     return module
-
-
-_VIEWS = {
-    *(aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice, aten.select, aten.t),
-    *(aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.alias, operator.getitem),
-}
 
 
 def returned_memory(module: fx.GraphModule) -> set[fx.Node]:
@@ -67,8 +62,17 @@ def returned_memory(module: fx.GraphModule) -> set[fx.Node]:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes if overload(node) in _VIEWS else ())
+            pending.extend(node.all_input_nodes if _may_share_memory(node) else ())
     return found
+
+
+def _may_share_memory(node: fx.Node) -> bool:
+    """Whether what a node returns may lie in the memory of an operand, as its schema says."""
+    if node.target is operator.getitem or overload(node) is aten._unsafe_view:
+        return True
+    target = node.target
+    returns = target._schema.returns if isinstance(target, torch._ops.OpOverload) else ()
+    return any(item.alias_info is not None for item in returns)
 
 
 def _same_type_and_shape(node: fx.Node, source: fx.Node) -> bool:
@@ -97,7 +101,8 @@ def _one_spelling_of_view(node: fx.Node) -> fx.Node | None:
     source = operand(node, 0)
     if _same_type_and_shape(node, source):
         return source
-    node.target = aten.reshape.default
+    if node.target is not aten.view.dtype:
+        node.target = aten.reshape.default
     return None
 
 
@@ -121,6 +126,8 @@ def _squeeze(node: fx.Node) -> fx.Node | None:
     """Drop the dimensions that the trace saw as one for any number of tokens, also for one token."""
     source = operand(node, 0)
     rank = len(shape_of(source))
+    if rank == 0:
+        return source
     asked: Any = node.args[1] if len(node.args) > 1 else range(rank)
     dims = [dim % rank for dim in ([asked] if isinstance(asked, int) else asked)]
     ones = [dim for dim in dims if shape_of(source)[dim] == 1]
@@ -143,7 +150,7 @@ def _assembled(node: fx.Node) -> fx.Node | None:
     base = node
     while overload(base) is aten.slice_scatter and _scatter_range(base)[0] == dim:
         _, start, end = _scatter_range(base)
-        pieces[start, end] = operand(base, 1)
+        pieces.setdefault((start, end), operand(base, 1))  # the last write, seen first, counts
         base = operand(base, 0)
     ranges = sorted(pieces)
     edges = [0, *(end for _, end in ranges)]
@@ -182,7 +189,8 @@ def _plus_zero(node: fx.Node) -> fx.Node | None:
     neutral = isinstance(term, int) and term == 0
     if not neutral or not isinstance(source, fx.Node) or not _same_type_and_shape(node, source):
         return None
-    return None if node.meta["val"].is_floating_point() else source
+    value = node.meta["val"]
+    return None if value.is_floating_point() or value.is_complex() else source
 
 
 def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
@@ -195,7 +203,7 @@ def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
         return None
     node.target, node.args = aten.clone.default, (pieces[0],)
     node.kwargs = {"memory_format": torch.contiguous_format}
-    return None
+    return _copy(node)
 
 
 def _product_of_one(node: fx.Node) -> fx.Node | None:
@@ -286,11 +294,11 @@ def _write_in_place(module: fx.GraphModule, kept: set[fx.Node]) -> None:
         module.graph.erase_node(copy)
 
 
-def _remove_duplicates(module: fx.GraphModule) -> None:
-    """Common subexpressions of functional, deterministic nodes."""
+def _remove_duplicates(module: fx.GraphModule, kept: set[fx.Node]) -> None:
+    """Common subexpressions of functional, deterministic nodes; two outputs stay two tensors."""
     seen: dict[Any, fx.Node] = {}
     for node in list(call_nodes(module)):
-        if not _is_pure(node):
+        if not _is_pure(node) or node in kept:
             continue
         key = _key(node)
         if (first := seen.setdefault(key, node)) is not node:
