@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.errors import (
-    CaptureError,
     ConfigError,
     EmptyPromptError,
     EngineClosedError,
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
-    "CaptureError",
     "CompileConfig",
     "ConfigError",
     "EmptyPromptError",

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -37,8 +38,6 @@ app = typer.Typer(
 OPTIONAL_PACKAGES = {
     "gguf": "GGUF files, and the alias smollm2-135m",
     "accelerate": "GGUF files, and loading straight onto a GPU",
-    "triton": "GPU kernels",
-    "flashinfer-python": "faster GPU attention",
 }
 CXX_COMPILERS = ("g++", "clang++", "c++")
 
@@ -135,7 +134,7 @@ def _errors_as_one_line(*, verbose: bool) -> Iterator[None]:
         yield
     except NanoflowError as error:
         if verbose:
-            raise
+            traceback.print_exc()
         typer.echo(f"nanoflow: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 

@@ -21,8 +21,6 @@ from nanoflow_compiler.stepper import Stepper
 
 __all__ = ["compile_dynamo_graph", "device_of", "stepper_for", "trace_aten", "weight_names"]
 
-_GRAPHS = itertools.count()
-
 
 def compile_dynamo_graph(
     module: fx.GraphModule,
@@ -128,10 +126,11 @@ def _boxed(compiled: CompiledGraph) -> Callable[[list[Any]], list[Any]]:
 
 
 def stepper_for(config: CompileConfig) -> Stepper:
-    """A stepper that dumps each graph of the process into a directory of its own."""
+    """A stepper that dumps each graph into a new directory of its own."""
     if config.dump is None:
         return Stepper()
-    return Stepper(dump=Path(config.dump) / f"graph_{next(_GRAPHS):02d}")
+    folders = (Path(config.dump) / f"graph_{number:02d}" for number in itertools.count())
+    return Stepper(dump=next(folder for folder in folders if not folder.exists()))
 
 
 def device_of(config: CompileConfig, inputs: Sequence[Any]) -> DeviceSpec:

@@ -7,7 +7,6 @@
     +-- ModelLoadError          weights or configuration cannot be found, read or trusted
     +-- UnsupportedGraphError   the model does something that we cannot represent
     +-- InvalidProgramError     a step broke the rule of its value (``where`` names the step)
-    +-- CaptureError            a CUDA graph could not be captured
     +-- OutOfBlocksError        the KV cache cannot hold what was asked
     +-- RequestError            one request is refused
         +-- EmptyPromptError    the prompt has no tokens
@@ -16,7 +15,6 @@
 """
 
 __all__ = [
-    "CaptureError",
     "ConfigError",
     "EmptyPromptError",
     "EngineClosedError",
@@ -55,10 +53,6 @@ class InvalidProgramError(NanoflowError):
     def __init__(self, message: str, *, where: str) -> None:
         super().__init__(f"{where}: {message}")
         self.where = where
-
-
-class CaptureError(NanoflowError):
-    """A CUDA graph could not be captured."""
 
 
 class OutOfBlocksError(NanoflowError):

@@ -70,6 +70,8 @@ def compile_graph(
         _build(plan, unit, kernels, config=config, step=step, name=f"program_{at}")
         for at, plan in enumerate(plans)
     ]
+    for cluster, source in kernels.sources.items():
+        step.note(cluster, source)
     layout, names = write_binding(
         captured.module,
         inputs=ops.inputs,
@@ -129,12 +131,7 @@ def _build(
     program = step(emit, plan)
     path = step.dump / f"{name}.py" if step.dump else None
     backend = get_backend(config.backend)
-    executable = backend.build(
-        program, unit=unit, kernels=kernels, clusters=config.clusters, path=path
-    )
-    for cluster, source in kernels.sources.items():
-        step.note(cluster, source)
-    return executable
+    return backend.build(program, unit=unit, kernels=kernels, clusters=config.clusters, path=path)
 
 
 def _tokens_of(captured: CapturedGraph) -> tuple[int, int] | None:

@@ -5,11 +5,12 @@ The passes know nothing of this; observing them is not their work.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import fx
 
 from nanoflow_compiler.errors import InvalidProgramError
@@ -49,7 +50,8 @@ class Stepper:
 
     dump: Path | None = None
     times: list[StepTime] = field(default_factory=list)
-    _counts: Counter[str] = field(default_factory=Counter)
+    _counts: dict[type, Counter[str]] = field(default_factory=dict)
+    _written: int = 0
 
     def __call__(
         self,
@@ -66,23 +68,25 @@ class Stepper:
         seconds = time.perf_counter() - start
         self.times.append(StepTime(name, seconds))
         if self.dump is not None:
-            self.note(name, _text(result), counts=_counts(result), seconds=seconds)
+            difference = self._difference(type(result), _counts(result))
+            self.note(name, _text(result), head=difference, seconds=seconds)
         return result
 
-    def note(
-        self, name: str, text: str, *, counts: Counter[str] | None = None, seconds: float = 0.0
-    ) -> None:
+    def _difference(self, kind: type, counts: Counter[str]) -> list[str]:
+        """Since the last value of its type: that is what one pass added and removed."""
+        before = self._counts.get(kind)
+        self._counts[kind] = counts
+        return [] if before is None else _difference(before, counts)
+
+    def note(self, name: str, text: str, *, head: Sequence[str] = (), seconds: float = 0.0) -> None:
         """Write one numbered file of the dump, headed by who made it and what changed."""
         if self.dump is None:
             return
         self.dump.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.dump.glob("[0-9][0-9]_*")))
-        head = [f"# {name}: {seconds * 1e3:.1f} ms"]
-        if counts is not None:
-            head += _difference(self._counts, counts)
-            self._counts = counts
-        path = self.dump / f"{number:02d}_{name}.txt"
-        path.write_text("\n".join([*head, text, ""]), encoding="utf-8")
+        path = self.dump / f"{self._written:02d}_{name}.txt"
+        lines = [f"# {name}: {seconds * 1e3:.1f} ms", *head, text, ""]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        self._written += 1
 
 
 def _text(value: Any) -> str:
@@ -90,7 +94,7 @@ def _text(value: Any) -> str:
         lines = [_node_line(node) for node in value.graph.nodes]
         notes = [f"# {note}" for note in value.meta.get("notes", ())]
         return "\n".join([*notes, *lines])
-    return str(value)
+    return f"{value}\n\n{value.layer_chart()}" if isinstance(value, Schedule) else str(value)
 
 
 def _node_line(node: fx.Node) -> str:
@@ -102,7 +106,7 @@ def _node_line(node: fx.Node) -> str:
 def _counts(value: Any) -> Counter[str]:
     match value:
         case fx.GraphModule():
-            return Counter(str(n.target) for n in value.graph.nodes if n.op == "call_function")
+            return Counter(_target(n) for n in value.graph.nodes if n.op == "call_function")
         case OpGraph():
             return Counter(str(op.kind) for op in value.ops)
         case NanoGraph():
@@ -112,6 +116,12 @@ def _counts(value: Any) -> Counter[str]:
         case Program():
             return Counter(type(item).__name__.lower() for item in value.instructions)
     return Counter()
+
+
+def _target(node: fx.Node) -> str:
+    """The operator, without the address that a Python function prints."""
+    operator = isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target) if operator else str(getattr(node.target, "__name__", node.target))
 
 
 def _difference(before: Counter[str], after: Counter[str]) -> list[str]:

@@ -24,7 +24,7 @@ __all__ = ["schedule"]
 SM_STEP = 8
 """Green contexts on Hopper come in steps of 8 SMs."""
 COLLECTIVE_SMS = 16
-"""8 to 16 SMs saturate NVLink (PGL and TokenWeave, see docs/design)."""
+"""8 to 16 SMs saturate NVLink (TokenWeave)."""
 
 _LANES = (Resource.COMPUTE, Resource.MEMORY, Resource.NETWORK, Resource.COPY)
 

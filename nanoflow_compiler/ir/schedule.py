@@ -52,6 +52,19 @@ class Schedule:
         power = [f"  power floor {self.power_floor_us:.1f} us"] if self.power_floor_us else []
         return "\n".join([head, *power, *(f"  {slot}" for slot in self.slots)])
 
+    def layer_chart(self) -> str:
+        """The chart of the layer in the middle; of everything where there are no layers."""
+        layers = [op.op.layer for op in self.nano.ops]
+        middle = self.nano.graph.num_layers // 2
+        names = {
+            op.name for op, layer in zip(self.nano.ops, layers, strict=True) if layer == middle
+        }
+        slots = [slot for slot in self.slots if slot.op in names]
+        if not slots:
+            return self.chart()
+        start, end = min(slot.start_us for slot in slots), max(slot.end_us for slot in slots)
+        return f"layer {middle}, {end - start:.1f} us\n{self.chart(start_us=start, end_us=end)}"
+
     def chart(self, *, start_us: float = 0.0, end_us: float | None = None) -> str:
         """Lanes as rows of text, time to the right: one letter run per slot, then a legend."""
         last = self.makespan_us if end_us is None else end_us
