@@ -23,10 +23,9 @@ from nanoflow_compiler.graphs import (
     dtype_name,
     fake_call,
     insert_call,
-    is_tensor,
     operand,
     shape_of,
-    strides_of,
+    size_expr,
 )
 from nanoflow_compiler.merging import merge_rows
 from nanoflow_compiler.passes.patterns import recognise
@@ -92,8 +91,8 @@ def _as_linear(node: fx.Node, weights: AbstractSet[str]) -> _Linear | None:
     bias = None
     if node.target is aten.addmm.default and not node.kwargs:
         bias = operand(node, 0)
-        if bias.name not in weights or len(shape_of(bias)) != 1:
-            return None
+        if bias.name not in weights or shape_of(bias) != shape_of(node)[1:]:
+            return None  # also of one element for all outputs: beside others it would not be
     elif node.target is not aten.mm.default:
         return None
     source, transposed = operand(node, -2), operand(node, -1)
@@ -149,5 +148,7 @@ def _refresh_users(changed: fx.Node) -> None:
             pending.extend(node.users)
 
 
-def _layout(node: fx.Node) -> Any:
-    return strides_of(node) if is_tensor(node) else None
+def _layout(node: fx.Node) -> list[tuple[Any, ...]]:
+    """The strides of a tensor, or of each that a tuple holds."""
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return [tuple(map(size_expr, t.stride())) for t in leaves if isinstance(t, torch.Tensor)]
