@@ -59,7 +59,7 @@ class Kernels:
 def load_kernel(source: str) -> Kernel:
     """A portable kernel from its source; its machine code comes from Inductor's cache if it can."""
     module: Any = PyCodeCache.load(source)
-    kernel: Kernel = module.call
+    kernel: Kernel = module.kernel
     return kernel
 
 
@@ -111,49 +111,46 @@ def _make(op: Op, unit: Unit) -> _Made:
 def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> _Made:
     reads = unit.data_reads(op)
     values = [unit.nodes[read.value].meta["val"] for read in reads]
-    bound = bind_symbols([_layout(unit.nodes[r.value], _rows(r, op, unit)) for r in reads])
     wanted = [unit.nodes[name].meta["val"] for name in unit.data_writes(op)]
+    bound = bind_symbols([_layout(unit.nodes[r.value], _rows(r, op, unit)) for r in reads])
 
     def as_planned(*args: Any) -> tuple[Any, ...]:
         return tuple(map(_laid_out_as, module(*args), wanted))
 
     fakes = Fakes(values, tokens=unit.graph.tokens)
-    inputs = [
-        fakes.like(value, layout) for value, layout in zip(values, bound.layouts, strict=True)
-    ]
-    sizes = [fakes.size(symbol) for symbol in bound.derived]
+    inputs = [fakes.like(v, layout) for v, layout in zip(values, bound.layouts, strict=True)]
+    sizes = [fakes.size(symbol) for symbol in bound.places]
     with fakes.mode, tracing(TracingContext(fakes.mode)):
         traced = make_fx(as_planned, decomposition_table=select_decomp_table())(*inputs)
-        _append_unused(traced, sizes)
+        _append_sizes(traced, sizes)
         output = traced.graph.output_node()
         returned: Any = output.args[0]
         output.meta["user_visible_output_idxs"] = list(range(len(returned)))
         compiled = compile_fx_inner(traced, [*inputs, *sizes])
     call = getattr(compiled, "current_callable", None) or compiled
-    kernel = _checked(call, module, bound=bound, fakes=fakes)
+    assumed = _assumed(bound, fakes)
+    text = _entry(bound, assumed)
+    names = {"call": call, "uncompiled": _uncompiled(module)}
+    exec(text, names)
     source = str(getattr(compiled, "source_code", ""))
-    alone = kernel is call and bool(source) and not getattr(compiled, "constants", None)
-    return _Made(kernel, source, portable=alone)
+    alone = bool(source) and not assumed and not getattr(compiled, "constants", None)
+    return _Made(names["kernel"], f"{source}\n\n{text}", portable=alone)
+
+
+def _assumed(bound: BoundLayouts, fakes: Fakes) -> list[str]:
+    fresh = {fakes.size(symbol).node.expr: place for symbol, place in bound.places.items()}
+    return [python_text(guard, fresh) for guard in fakes.guards]
+
+
+def _entry(bound: BoundLayouts, assumed: list[str]) -> str:
+    """Python that calls Inductor's ``call`` with the sizes that it takes, where its assumptions hold."""
+    sizes = "".join(f", {place}" for place in bound.places.values())
+    guards = [f"    if not ({guard}):\n        return uncompiled(args)\n" for guard in assumed]
+    return f"def kernel(args):\n{''.join(guards)}    return call([*args{sizes}])\n"
 
 
 def _uncompiled(module: fx.GraphModule) -> Kernel:
     return lambda args: module(*args)
-
-
-def _checked(call: Kernel, module: fx.GraphModule, *, bound: BoundLayouts, fakes: Fakes) -> Kernel:
-    """``call`` with the sizes that it takes, where its assumptions hold; else the module."""
-    fresh = {fakes.size(symbol).node.expr: place for symbol, place in bound.places.items()}
-    assumed = [f"({python_text(guard, fresh)})" for guard in fakes.guards]
-    sizes = [f"{bound.places[symbol]}, " for symbol in bound.derived]
-    if not assumed and not sizes:
-        return call
-    holds = eval(f"lambda args: {' and '.join(assumed) or 'True'}")
-    more = eval(f"lambda args: ({''.join(sizes)})")
-
-    def kernel(args: list[Any]) -> tuple[Any, ...]:
-        return call([*args, *more(args)]) if holds(args) else _uncompiled(module)(args)
-
-    return kernel
 
 
 def _laid_out_as(made: Any, wanted: Any) -> Any:
@@ -172,8 +169,8 @@ def _laid_out_as(made: Any, wanted: Any) -> Any:
     return made.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
-def _append_unused(module: fx.GraphModule, sizes: list[Any]) -> None:
-    """Placeholders for sizes that only the shapes of the other inputs are made of."""
+def _append_sizes(module: fx.GraphModule, sizes: list[Any]) -> None:
+    """Placeholders for sizes: with them Inductor keeps in its cache what it assumed of each."""
     graph = module.graph
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):

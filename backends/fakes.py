@@ -21,15 +21,19 @@ TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
 
 
 class Fakes:
-    """Stand-ins for values of a trace, over fresh symbols for its symbols and for the tokens."""
+    """Stand-ins for values of a trace, over fresh symbols for its symbols and for the tokens.
+
+    A symbol is made when it is first used: Inductor keeps a kernel under conditions on every symbol
+    of the environment, and later cannot read them for one that is in no input.
+    """
 
     def __init__(self, values: Sequence[Any], *, tokens: int) -> None:
         self._shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self._shapes)
         self._symbols: dict[sympy.Symbol, torch.SymInt] = {}
-        self._add(TOKENS, max(tokens, 2))
+        self._seen = {TOKENS: max(tokens, 2)}
         for value in values:
-            self._learn(value)
+            self._seen |= _seen_in(value)
 
     @property
     def guards(self) -> list[sympy.Basic]:
@@ -48,19 +52,24 @@ class Fakes:
         """The size that an expression stands for; numbers stay numbers."""
         if expr.is_Integer:
             return int(expr)
+        for symbol in sorted(expr.free_symbols - self._symbols.keys(), key=str):
+            self._symbols[symbol] = self._fresh(symbol, self._seen[symbol])
         return sympy_interp(PythonReferenceAnalysis, dict(self._symbols), expr)
 
-    def _learn(self, value: Any) -> None:
-        """Add the symbols of a value, with what the trace saw for them."""
-        sizes = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
-        for size in sizes:
-            for symbol in size_expr(size).free_symbols if isinstance(size, torch.SymInt) else ():
-                if symbol not in self._symbols:
-                    self._add(symbol, symbol_hint(size, symbol))
-
-    def _add(self, symbol: sympy.Symbol, hint: int) -> None:
+    def _fresh(self, symbol: sympy.Symbol, hint: int) -> torch.SymInt:
         source = ConstantSource(f"nanoflow_{symbol}")
         fresh = self._shapes.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         size = self._shapes.create_symintnode(fresh, hint=hint, source=source)
         assert isinstance(size, torch.SymInt)
-        self._symbols[symbol] = size
+        return size
+
+
+def _seen_in(value: Any) -> dict[sympy.Symbol, int]:
+    """The symbols of a value, with what the trace saw for them."""
+    sizes = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+    return {
+        symbol: symbol_hint(size, symbol)
+        for size in sizes
+        if isinstance(size, torch.SymInt)
+        for symbol in size_expr(size).free_symbols
+    }

@@ -1,8 +1,8 @@
-"""Sizes and strides of what a cluster reads, in symbols that its kernel can know.
+"""Sizes and strides of what a cluster reads, in symbols whose values a call can tell.
 
-Inductor's kernels learn a symbol from an input that has it as a size or stride of its own;
-``B * S`` rows tell neither ``B`` nor ``S``. Such a symbol is computed call by call from the shapes
-of the inputs, where these tell it, or else taken as 1, if only its product with another counts.
+A symbol is known from an input that has it as a size or stride of its own; ``B * S`` rows tell
+neither ``B`` nor ``S``. Such a symbol is computed from the shapes of several inputs where these
+tell it, or else taken as 1, if only its product with another counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,8 +46,6 @@ class BoundLayouts:
 
     layouts: tuple[Layout, ...]
     places: Places
-    derived: tuple[sympy.Symbol, ...]
-    """Those that no input has by itself, which must be handed over with the inputs."""
 
 
 def bind_symbols(layouts: Sequence[Layout]) -> BoundLayouts:
@@ -57,17 +55,15 @@ def bind_symbols(layouts: Sequence[Layout]) -> BoundLayouts:
         for expr, place in layout.found_in(f"args[{at}]"):
             exprs.setdefault(expr, place)
     places = {expr: place for expr, place in exprs.items() if expr.is_Symbol}
-    derived: list[sympy.Symbol] = []
     ones: dict[sympy.Symbol, sympy.Expr] = {}
     while unknown := _unknown(exprs, places):
         if solved := _solve(exprs, places):
             symbol, places[symbol] = solved
-            derived.append(symbol)
         else:
             ones[_redundant(exprs, unknown)] = sympy.Integer(1)
             exprs = {expr.subs(ones): place for expr, place in exprs.items()}
             places |= {expr: place for expr, place in exprs.items() if expr.is_Symbol}
-    return BoundLayouts(tuple(layout.subs(ones) for layout in layouts), places, tuple(derived))
+    return BoundLayouts(tuple(layout.subs(ones) for layout in layouts), places)
 
 
 def python_text(expr: sympy.Basic, places: Places) -> str:

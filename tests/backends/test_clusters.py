@@ -1,15 +1,17 @@
 """Clusters that Inductor compiled, for sizes and layouts other than those of the trace."""
 
+import re
+
 import pytest
 import sympy
 import torch
-from torch import fx
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nanoflow_compiler.backends import clusters
-from nanoflow_compiler.backends.fakes import TOKENS, Fakes
 from nanoflow_compiler.backends.layouts import Layout, bind_symbols, python_text
+from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.errors import UnsupportedGraphError
+from traces import trace
 
 SIZES = [(4, 6), (2, 3), (5, 9), (3, 1000)]
 
@@ -103,14 +105,33 @@ def test_sizes_beyond_what_inductor_assumed():
     assert_equals_eager(function, width=2, sizes=[(4, 6), (2, 40_000)])
 
 
-def test_an_assumption_is_checked_in_each_call():
-    bound = bind_symbols([Layout((TOKENS, sympy.Integer(4)), (sympy.Integer(4), sympy.Integer(1)))])
-    fakes = Fakes([], tokens=4)
-    assert fakes.size(TOKENS) < 10
-    module = fx.symbolic_trace(lambda x: (x + 2,))
-    kernel = clusters._checked(lambda args: (args[0] + 1,), module, bound=bound, fakes=fakes)
-    assert kernel([torch.zeros(9, 4)])[0].unique() == 1
-    assert kernel([torch.zeros(10, 4)])[0].unique() == 2
+@pytest.mark.parametrize("attempt", ["first", "second"])
+def test_assumptions_are_checked_in_each_call(attempt):
+    """The second time, the kernel comes from Inductor's cache, and what it assumes with it."""
+    traced = trace(lambda x: (x.sort(0).values,), {"x": randn(6, 2)}, tokens={"x": 0})
+    unit = Unit.of(traced.analyse(), traced.module)
+    kernels = clusters.Kernels()
+    (op,) = unit.ops.values()
+    kernel = kernels.get(op, unit)
+    (source,) = kernels.sources.values()
+    assert re.search(r"if not \(args\[0\].shape\[0\] <=? \d+\):", source)
+    assert not kernels.portable
+    for rows in (5, 40_000):
+        x = randn(rows, 2)
+        assert torch.equal(kernel([x])[0], x.sort(0).values), attempt
+
+
+def test_a_kernel_comes_back_from_its_source():
+    traced = trace(lambda x: (silu(x * 3).view(-1, 2),), {"x": randn(6, 4)}, tokens={"x": 0})
+    unit = Unit.of(traced.analyse(), traced.module)
+    kernels = clusters.Kernels()
+    (op,) = unit.ops.values()
+    kernel = kernels.get(op, unit)
+    assert len(kernels.portable) == 1
+    loaded = clusters.load_kernel(*kernels.sources.values())
+    for rows in (1, 5):
+        x = randn(rows, 4)
+        assert torch.equal(kernel([x])[0], loaded([x])[0])
 
 
 def sizes_told_by(*sizes):
