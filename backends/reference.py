@@ -51,12 +51,12 @@ class ReferenceExecutable:
     def __init__(self, program: Program, unit: Unit, *, seed: int = 0) -> None:
         self.source = str(program)
         self.num_cells = program.num_cells
-        self.attention_parts = attention_parts(program, unit)
         self._program: Program | None = program
         self._unit = unit
         self._random = random.Random(seed)
         verify(program, where="reference")
         _check_launches(program, unit)
+        self.attention_parts = attention_parts(program, unit)
 
     def __call__(self, inputs: list[Any], cuts: tuple[int, ...]) -> list[Any]:
         """Outputs in the order of the graph."""

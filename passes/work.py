@@ -9,7 +9,7 @@ from torch import fx
 
 from nanoflow_compiler.graphs import dtype_name, numel, overload, size_hint
 from nanoflow_compiler.ir import OpKind, Work
-from nanoflow_compiler.passes.grouping import Group
+from nanoflow_compiler.passes.grouping import Group, is_view
 
 __all__ = ["work_of"]
 
@@ -68,8 +68,10 @@ def _hints(node: Any) -> list[int]:
 
 
 def _flops(node: fx.Node) -> float:
-    """Multiply-adds count twice; a pointwise element counts once."""
+    """Multiply-adds count twice; a pointwise element counts once; a view computes nothing."""
     packet = overload(node)
+    if is_view(node) or _is_paged(node):  # whose context is counted apart
+        return 0.0
     if packet in (aten.mm, aten.bmm):
         return 2.0 * prod(_hints(node)) * _hints(node.args[0])[-1]
     if packet in (aten.addmm, aten.baddbmm):

@@ -96,9 +96,12 @@ def _symbol(shapes: ShapeEnv, count: int) -> torch.SymInt:
 
 
 def _fake(tensor: Tensor, dim: int | None, size: torch.SymInt, mode: FakeTensorMode) -> Tensor:
+    if dim is None:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    assert tensor.is_contiguous()
     shape: list[Any] = list(tensor.shape)
-    if dim is not None:
-        shape[dim] = size
+    shape[dim] = size
     with mode:
         return torch.empty(shape, dtype=tensor.dtype)
 
