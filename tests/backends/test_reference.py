@@ -239,7 +239,7 @@ def test_attention_is_called_with_the_parts_that_it_is_launched_for():
     assert sorted(parts[1:]) == [(0, 1), (1, 2), (2, 3)]
 
 
-@settings(max_examples=20, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=12, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(functions(), st.data())
 def test_random_functions_in_random_parts(drawn, data):
     traced = drawn.trace()

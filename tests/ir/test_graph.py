@@ -59,7 +59,7 @@ def test_work_is_linear_in_the_tokens():
     assert (work.flops(5), work.bytes(5), work.link_bytes(5)) == (20.0, 35.0, 20.0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(op_graphs())
 def test_random_graphs_verify(graph):
     verify(graph, where="test")

@@ -60,7 +60,7 @@ def clocks_of(lanes, items):
     return order, stamps
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(streams())
 def test_clocks_see_what_a_path_leads_to(stream):
     lanes, items = stream

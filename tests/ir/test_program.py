@@ -41,7 +41,7 @@ def test_each_instruction_parses():
     assert program.instructions[-1] == Merge(halves, Span("a"), 0, 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(programs())
 def test_it_prints_and_parses_back(program):
     verify(program, where="emit")

@@ -179,7 +179,7 @@ def test_the_real_decoder_has_one_join():
     assert joins(found.module) == [("index", "index: picks tokens by index")]
 
 
-@settings(max_examples=15, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=8, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(functions())
 def test_nodes_of_random_functions_keep_rows(drawn):
     traced = drawn.trace()

@@ -130,7 +130,7 @@ def test_cells_that_no_one_wrote_are_split_or_merged():
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(plans())
 def test_each_slot_is_launched_where_it_was_planned(plan):
     program = emit(plan)
@@ -144,7 +144,7 @@ def test_each_slot_is_launched_where_it_was_planned(plan):
     assert [(i.op, i.first, i.last, i.lane, i.sms) for i in launches] == planned
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(plans())
 def test_every_event_is_recorded_once_and_waited_for(plan):
     """That no wait can be spared is for tests/ir/test_mutations.py to show."""
@@ -159,7 +159,7 @@ def test_every_event_is_recorded_once_and_waited_for(plan):
         assert not recorded
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(plans())
 def test_whatever_is_split_or_merged_is_read(plan):
     program = emit(plan)

@@ -251,7 +251,7 @@ def test_a_real_decoder_has_all_of_its_patterns():
 linears = st.tuples(st.integers(1, 4), st.booleans())
 
 
-@settings(max_examples=12, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=6, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(st.lists(linears, min_size=1, max_size=5), st.integers(1, 3))
 def test_any_linears_of_one_input(shapes, layers):
     """Of several widths, with and without a bias, one layer after the other."""
@@ -281,7 +281,7 @@ def test_any_linears_of_one_input(shapes, layers):
     check_layouts(traced)
 
 
-@settings(max_examples=15, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=8, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(functions())
 def test_random_functions_keep_their_numbers(drawn):
     traced = drawn.trace()

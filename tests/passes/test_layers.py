@@ -1,7 +1,7 @@
 """find_layers: the repetition that covers most, and nothing that only looks like one."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_compiler.passes.layers import find_layers
@@ -40,6 +40,7 @@ def test_before_and_after(sequence, expected):
 letters = st.integers(0, 3)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(letters, min_size=1, max_size=6), st.integers(2, 5), st.lists(letters, max_size=6))
 def test_a_repetition_is_found_whatever_surrounds_it(period, count, rest):
     """The markers occur once, so nothing before or behind can be part of it."""
@@ -54,6 +55,7 @@ def test_a_repetition_is_found_whatever_surrounds_it(period, count, rest):
     assert inside == [at // width for at in range(len(inside))]
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(letters, max_size=30))
 def test_layers_are_adjacent_and_equal(sequence):
     """The last one may end early."""

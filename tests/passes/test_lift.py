@@ -198,7 +198,7 @@ def test_clusters_have_no_anchors_and_views_no_kernels():
             assert anchor_kind(members[0]) is op.kind
 
 
-@settings(max_examples=15, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=6, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(functions())
 def test_nodes_of_random_functions_are_in_one_operation_each(drawn):
     traced = drawn.trace()

@@ -15,7 +15,7 @@ def parameters(*rows, columns=(3,)):
     return [nn.Parameter(torch.randn(count, *columns, generator=generator)) for count in rows]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([(), (3,), (2, 3)]))
 def test_it_is_cat_and_the_parameters_are_its_rows(rows, columns):
     given_parameters = parameters(*rows, columns=columns)

@@ -102,7 +102,7 @@ def brute_force_edges(nano):
     return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(nano_graphs(device=H200))
 def test_edges_are_where_cells_meet(nano):
     verify(nano, where="test")
@@ -110,7 +110,7 @@ def test_edges_are_where_cells_meet(nano):
     assert len(nano.edges) == len(set(nano.edges))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(op_graphs(), st.data())
 def test_parts_tile_and_cells_share_the_tokens(graph, data):
     numbers = {op.name: data.draw(st.integers(1, 4)) for op in graph.ops}

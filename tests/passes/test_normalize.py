@@ -298,7 +298,7 @@ def test_packed_attention_becomes_append_and_attend():
     assert tuple(attention.meta["val"].shape[1:]) == (4, 5)
 
 
-@settings(max_examples=15, deadline=None, phases=set(Phase) - {Phase.explain})
+@settings(max_examples=8, deadline=None, phases=set(Phase) - {Phase.explain})
 @given(functions())
 def test_random_functions_keep_every_bit(drawn):
     traced = drawn.trace()

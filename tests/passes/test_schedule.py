@@ -51,7 +51,7 @@ def end_us(plan):
     return max(slot.end_us for slot in plan.slots)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(devices_and_graphs, lane_counts)
 def test_it_keeps_edges_lanes_and_budgets(drawn, lanes):
     device, nano = drawn
@@ -72,7 +72,7 @@ def test_it_keeps_edges_lanes_and_budgets(drawn, lanes):
         assert sum(beside) <= device.num_sms
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(devices_and_graphs, lane_counts)
 def test_slots_last_as_long_as_their_share_of_the_device_says(drawn, lanes):
     device, nano = drawn
@@ -89,7 +89,7 @@ def test_slots_last_as_long_as_their_share_of_the_device_says(drawn, lanes):
         assert slot.end_us - slot.start_us == pytest.approx(cost.time_us)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(devices_and_graphs, lane_counts)
 def test_the_makespan_is_between_the_critical_path_and_the_sum(drawn, lanes):
     device, nano = drawn
@@ -101,7 +101,7 @@ def test_the_makespan_is_between_the_critical_path_and_the_sum(drawn, lanes):
     assert plan.makespan_us == max(end, plan.power_floor_us)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(devices_and_graphs)
 def test_one_lane_is_the_sequence_in_the_order_of_the_graph(drawn):
     device, nano = drawn
