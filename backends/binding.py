@@ -109,7 +109,8 @@ class InputBinder:
 
     def rebind(self, values: Sequence[Any]) -> None:
         """Merge and view the parameters anew."""
-        with torch.no_grad():
+        # What is made in inference mode could never be trained again.
+        with torch.inference_mode(mode=False), torch.no_grad():
             self._template = self._bind(values)
         copied = [m for m in self.layout.merged if not are_adjacent([values[at] for at in m])]
         self._watched = [at for merge in copied for at in merge]

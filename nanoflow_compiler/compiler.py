@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,11 +59,7 @@ def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
 def _train(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, config: CompileConfig
 ) -> Callable[..., Any]:
-    warnings.warn(
-        "nanoflow compiles inference only: this graph needs gradients and goes to "
-        f"{config.training}. For inference call the model under torch.no_grad().",
-        stacklevel=2,
-    )
+    _warn_of_training(config.training)
     if config.training == "eager":
         return module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -71,11 +67,26 @@ def _train(
     return cast("Callable[..., Any]", compile_fx(module, list(example_inputs)))
 
 
+@cache
+def _warn_of_training(compiler: str) -> None:
+    """Once, however many graphs a model has."""
+    warnings.warn(
+        "nanoflow compiles inference only: this graph needs gradients and goes to "
+        f"{compiler}. For inference call the model under torch.no_grad().",
+        stacklevel=2,
+    )
+
+
 def _surfaced(error: NanoflowError) -> Exception:
-    """The same error as a kind that Dynamo hands to the user as it is, not wrapped in its own."""
+    """The same error as a kind that Dynamo hands to the user as it is.
+
+    Others it wraps in its own, and to every message it adds lines that would hide ours.
+    """
     from torch._dynamo.exc import ShortenTraceback
 
-    kind: type[Exception] = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    message = str(error)
+    own = {"__module__": type(error).__module__, "__str__": lambda _: message}
+    kind: type[Exception] = type(type(error).__name__, (type(error), ShortenTraceback), own)
     surfaced: Exception = BaseException.__new__(kind)
     surfaced.__dict__.update(error.__dict__ | {"first_useful_frame": None})
     surfaced.args = error.args
