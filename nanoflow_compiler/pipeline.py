@@ -80,7 +80,9 @@ def compile_graph(
     )
     step.note("binding", layout.source)
     binder = InputBinder(layout, names)
-    return CompiledGraph(tuple(executables), binder, kernels, decision, _tokens_of(captured))
+    return CompiledGraph(
+        tuple(executables), binder, kernels, decision, _tokens_of(captured), tuple(plans)
+    )
 
 
 def _plan(
@@ -152,6 +154,8 @@ class CompiledGraph:
     kernels: Kernels
     decision: str
     tokens_at: tuple[int, int] | None = None
+    plans: tuple[Schedule, ...] = ()
+    """The schedule of each executable; none for a step that was kept by an earlier process."""
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """Outputs for the values of the placeholders; cells of like size."""

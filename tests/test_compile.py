@@ -60,7 +60,7 @@ def assert_logits_equal(model, compiled, inputs):
 
 def cells_of(dump):
     """The number of cells of the last program of each dumped graph."""
-    texts = [sorted(graph.glob("*_emit.txt"))[-1].read_text() for graph in sorted(dump.iterdir())]
+    texts = [max(graph.glob("*_emit.txt")).read_text() for graph in sorted(dump.iterdir())]
     bodies = ["\n".join(line for line in text.splitlines() if line[0] != "#") for text in texts]
     return [Program.parse(body).num_cells for body in bodies]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -75,7 +76,7 @@ def trace(
     size = _symbol(shapes, count)
     fakes = {name: _fake(tensor, tokens.get(name), size, mode) for name, tensor in inputs.items()}
     names = list(inputs)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, enable_python_dispatcher():
         module = make_fx(lambda *args: function(**dict(zip(names, args, strict=True))))(
             *fakes.values()
         )

@@ -22,7 +22,7 @@ def step_of_one_layer():
     captured = capture_step(PackedDecoder(llama(num_hidden_layers=1), max_length=64))
     with torch.no_grad():
         return compile_graph(
-            captured.graph, config=CONFIG, device=DEVICE_SPECS["a100-80gb"], step=Stepper()
+            captured, config=CONFIG, device=DEVICE_SPECS["a100-80gb"], step=Stepper()
         )
 
 

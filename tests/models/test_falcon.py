@@ -56,7 +56,7 @@ def test_prefill_in_chunks_and_decode_equal_transformers(name, run_in_steps):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_captured_step_picks_no_heads_by_index(name):
     captured = capture_step(PackedDecoder(falcon(**VARIANTS[name][0]), max_length=200))
-    calls = list(call_nodes(captured.graph.module))
+    calls = list(call_nodes(captured.module))
     assert sum(node.target is ops.attention for node in calls) == 2
     # The one that is left picks the rows whose logits are wanted.
     picks = [node for node in calls if node.target is torch.ops.aten.index.Tensor]
