@@ -15,6 +15,8 @@ from nanoflow_compiler.ir import (
     Read,
     Record,
     Resource,
+    Schedule,
+    Slot,
     Split,
     Value,
     ValueKind,
@@ -174,3 +176,44 @@ def test_whatever_is_split_or_merged_is_read(plan):
                 read.add(str(item.source))
     made = [item.target for item in program.instructions if isinstance(item, Split | Merge)]
     assert {str(span) for span in made} <= read
+
+
+def test_attention_waits_for_appends_up_to_its_own_cells():
+    """The append of the second part has been issued by then, and is none of its business."""
+    nano = nano_split(GRAPH, parts=2, device=H200)
+    order = [("gemm.0", 0), ("append.0", 0), ("gemm.1", 0), ("append.1", 0), ("attend.0", 1)]
+    order += [("attend.1", 1), ("pick", 0)]
+    slots = tuple(
+        Slot(name, lane, 66, float(at), float(at + 1)) for at, (name, lane) in enumerate(order)
+    )
+    plan = Schedule(nano, slots, num_lanes=2, num_sms=132, device="h200-sxm")
+    verify(plan, where="schedule")
+    assert [line for line in lines(emit(plan)) if not line.startswith("split")][2:11] == [
+        "launch gemm[0:1] lane=0 sms=66 (x@0[0:1], w) -> (h@1[0:1])",
+        "launch append[0:1] lane=0 sms=66 (h@1[0:1]) -> (!kv@0[0:1])",
+        "record lane=0 event=0",
+        "launch gemm[1:2] lane=0 sms=66 (x@0[1:2], w) -> (h@1[1:2])",
+        "launch append[1:2] lane=0 sms=66 (h@1[1:2]) -> (!kv@0[1:2])",
+        "record lane=0 event=1",
+        "wait lane=1 event=0",
+        "launch attend[0:1] lane=1 sms=66 (h@1[0:1], !kv@0[0:1]) -> (a@0[0:1])",
+        "wait lane=1 event=1",
+    ]
+
+
+def test_cells_are_taken_from_the_smallest_span_that_holds_them():
+    """So that nothing is waited for that they are not in."""
+    ops = (
+        op("halves", OpKind.GEMM, Resource.COMPUTE, [Read("x", ROWS)], []),
+        op("thirds", OpKind.GEMM, Resource.COMPUTE, [Read("x", ROWS)], []),
+    )
+    graph = estimate(OpGraph(ops, (data("x", None),), ("x",), (), tokens=6), device=H200)
+    nano = nano_split(graph, parts={"halves": 2, "thirds": 3}, device=H200)
+    text = lines(emit(schedule(nano, device=H200, lanes=1)))
+    assert [line for line in text if line.startswith("split")] == [
+        "split lane=0 (x) -> (x@0[0:3])",
+        "split lane=0 (x) -> (x@0[3:6])",
+        "split lane=0 (x@0[0:3]) -> (x@0[0:2])",
+        "split lane=0 (x) -> (x@0[2:4])",
+        "split lane=0 (x@0[3:6]) -> (x@0[4:6])",
+    ]

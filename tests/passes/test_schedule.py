@@ -214,3 +214,19 @@ def test_a_collective_beside_others_takes_few_sms():
     plan = schedule(nano_split(graph, parts=1, device=H200), device=H200, lanes=3)
     assert {slot.op: slot.sms for slot in plan.slots} == {"reduce": 16, "attend": 48, "gemm": 68}
     assert {slot.start_us for slot in plan.slots} == {0.0}
+
+
+def test_of_two_ready_parts_the_one_with_the_longer_path_goes_first():
+    """Although the other comes first in the graph."""
+    short = Work(flops_per_token=1e6, dtype="bfloat16")
+    long = Work(bytes_per_token=4.4e6, dtype="bfloat16")
+    ops = (
+        op("alone", Resource.COMPUTE, "x", "a", short),
+        op("leads", Resource.COMPUTE, "x", "b", short),
+        op("follows", Resource.MEMORY, "b", "c", long),
+    )
+    values = [Value(name, ValueKind.DATA, ("s0",), "bfloat16", ROWS) for name in "abc"]
+    x = Value("x", ValueKind.DATA, ("s0",), "bfloat16")
+    graph = estimate(OpGraph(ops, (x, *values), ("x",), (), tokens=1000), device=H200)
+    plan = schedule(nano_split(graph, parts=1, device=H200), device=H200, lanes=2)
+    assert [slot.op for slot in plan.slots if slot.lane == 0] == ["leads", "alone"]

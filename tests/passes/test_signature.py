@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from captures import packed_llama
+from nanoflow_compiler.passes.axis import axis
+from nanoflow_compiler.passes.lift import lift
+from rows_of_nodes import Case, Operand
+from rows_of_nodes import trace as trace_call
 from traces import trace
 
 
@@ -84,3 +88,17 @@ def test_layers_of_a_real_decoder_repeat():
     ]
     assert layers[0] == layers[1]
     assert layers[2] == layers[0][: len(layers[2])]
+
+
+def test_where_the_tokens_lie_counts():
+    """A square, cut by rows or by columns: one kernel cannot serve both."""
+    found = set()
+    for dim in (0, 1):
+        call = trace_call(
+            Case(torch.ops.aten.relu.default, (Operand(random(6, 6), dim),), tokens=6)
+        )
+        axis(call.module, seeds=call.seeds)
+        (op,) = lift(call.module, weights=frozenset(), tokens=6).ops
+        assert str(op.reads[0]) == f"arg0@{dim}"
+        found.add(op.signature)
+    assert len(found) == 2
