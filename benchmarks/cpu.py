@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 PREFILL_TOKENS = 512
 DECODE_PROMPT_TOKENS = 32
 DECODE_TOKENS = 64
-REPEATS = 5
 ENGINES = ("eager", "inductor", "inductor-static", "nanoflow-compile", "nanoflow-llm")
 
 Answer = Callable[[int, int, int], Any]
@@ -40,24 +39,25 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.child, options)))
         return
-    results = [
-        {"engine": name, "caches": caches, **child}
-        for name in options.engines.split(",")
-        for caches, child in run_twice(name, options)
-    ]
-    print_table(results)
-    if options.output:
-        report = {**environment(options.threads), "results": results}
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    report = environment(options.threads)
+    results: list[dict[str, Any]] = []
+    for name in options.engines.split(","):
+        for caches, child in run_twice(name, options):
+            results.append({"engine": name, "caches": caches, **child})
+            print_table(results[-1:])
+            if options.output:  # each time, so that a run cut short leaves what it measured
+                text = json.dumps({**report, "results": results}, indent=1)
+                options.output.write_text(text + "\n")
 
 
-def run_twice(engine: str, options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+def run_twice(engine: str, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same process with empty caches, then with those that it left."""
     from nanoflow_compiler.models.locate import resolve_model
 
@@ -71,14 +71,12 @@ def run_twice(engine: str, options: argparse.Namespace) -> list[tuple[str, dict[
         }
         arguments = [str(model) if item == options.model else item for item in sys.argv]
         command = [sys.executable, *arguments, "--child", engine]
-        found = []
         for state in states:
             print(f"{engine}, {state} ...", file=sys.stderr, flush=True)
             done = subprocess.run(
                 command, env=os.environ | caches, stdout=subprocess.PIPE, check=True, text=True
             )
-            found.append((state, json.loads(done.stdout.splitlines()[-1])))
-        return found
+            yield state, json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -126,8 +124,10 @@ def measure(engine: str, options: argparse.Namespace) -> dict[str, Any]:
         "import_s": round(imported - start, 2),
         "load_s": round(load_s, 2),
         "compile_s": round(startup_s + first_s - later_s, 2),
-        "prefill_tokens_per_s": round(prefill_rate(answer), 1),
-        "decode_tokens_per_s": {size: round(decode_rate(answer, size), 2) for size in batches},
+        "prefill_tokens_per_s": round(prefill_rate(answer, options.repeats), 1),
+        "decode_tokens_per_s": {
+            size: round(decode_rate(answer, size, options.repeats), 2) for size in batches
+        },
     }
 
 
@@ -193,18 +193,18 @@ def timed(answer: Answer, batch: int, prompt: int, new: int) -> float:
     return time.perf_counter() - start
 
 
-def prefill_rate(answer: Answer) -> float:
+def prefill_rate(answer: Answer, repeats: int) -> float:
     """Prompt tokens per second of answers of one token."""
     timed(answer, 1, PREFILL_TOKENS, 1)
-    seconds = [timed(answer, 1, PREFILL_TOKENS, 1) for _ in range(REPEATS)]
+    seconds = [timed(answer, 1, PREFILL_TOKENS, 1) for _ in range(repeats)]
     return PREFILL_TOKENS / statistics.median(seconds)
 
 
-def decode_rate(answer: Answer, batch: int) -> float:
+def decode_rate(answer: Answer, batch: int, repeats: int) -> float:
     """New tokens per second of all requests after their first."""
     timed(answer, batch, DECODE_PROMPT_TOKENS, 2)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         first = timed(answer, batch, DECODE_PROMPT_TOKENS, 1)
         seconds.append(timed(answer, batch, DECODE_PROMPT_TOKENS, 1 + DECODE_TOKENS) - first)
     return batch * DECODE_TOKENS / statistics.median(seconds)

@@ -5,6 +5,7 @@ import re
 import pytest
 import sympy
 import torch
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from nanoflow_compiler.backends import clusters
@@ -114,8 +115,9 @@ def test_assumptions_are_checked_in_each_call(attempt):
     (op,) = unit.ops.values()
     kernel = kernels.get(op, unit)
     (source,) = kernels.sources.values()
-    assert re.search(r"if not \(args\[0\].shape\[0\] <=? \d+\):", source)
-    assert not kernels.portable
+    if Version(torch.__version__) >= Version("2.12"):  # before, Inductor assumes nothing here
+        assert re.search(r"if not \(args\[0\].shape\[0\] <=? \d+\):", source)
+        assert not kernels.portable
     for rows in (5, 40_000):
         x = randn(rows, 2)
         assert torch.equal(kernel([x])[0], x.sort(0).values), attempt
