@@ -82,6 +82,11 @@ def _refuse_unpackable(model: PreTrainedModel, *, max_length: int) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedGraphError(f"{name} is an encoder-decoder; only decoders can be packed")
+    if not model.can_generate():
+        raise UnsupportedGraphError(
+            f"{name} has no language-model head; pass a causal language model, such as what "
+            "AutoModelForCausalLM loads"
+        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedGraphError(
             f"{name} keeps recurrent state beside keys and values; packed steps carry only those"

@@ -68,7 +68,7 @@ def check_finite(model: PreTrainedModel, *, where: str) -> None:
         for name, weight in weights.items():
             if not _is_finite(weight.detach()):
                 raise ModelLoadError(
-                    f"{where}: the weight {name} contains NaN or infinity; download the model again"
+                    f"{where}: the weight {name} contains NaN or infinity; load or download the model again"
                 )
             bar.advance()
 

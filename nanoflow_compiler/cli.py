@@ -150,12 +150,13 @@ def _generate(
     seconds: dict[str, float] = {}
     with _timed(seconds, "import"):
         from nanoflow_compiler import LLM, SamplingParams
+    params = SamplingParams(**sampling)
     with _timed(seconds, "load"):
         llm = LLM(model, **engine)
     with closing(llm):
         requests = _apply_template(llm.tokenizer, prompts, model=model, chat=chat)
         with _timed(seconds, "generate"):
-            outputs = llm.generate(requests, SamplingParams(**sampling))
+            outputs = llm.generate(requests, params)
     _print_answers(prompts, outputs)
     _print_speed(outputs, seconds)
 

@@ -140,8 +140,16 @@ def stepper_for(config: CompileConfig) -> Stepper:
     """A stepper that dumps each graph into a new directory of its own."""
     if config.dump is None:
         return Stepper()
-    folders = (Path(config.dump) / f"graph_{number:02d}" for number in itertools.count())
-    return Stepper(dump=next(folder for folder in folders if not folder.exists()))
+    try:
+        Path(config.dump).mkdir(parents=True, exist_ok=True)
+        folders = (Path(config.dump) / f"graph_{number:02d}" for number in itertools.count())
+        folder = next(folder for folder in folders if not folder.exists())
+        folder.mkdir()
+    except OSError as error:
+        raise ConfigError(
+            f"dump {config.dump} cannot be written ({error.strerror}); pass another directory"
+        ) from error
+    return Stepper(dump=folder)
 
 
 def device_of(config: CompileConfig, inputs: Sequence[Any]) -> DeviceSpec:

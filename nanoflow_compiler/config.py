@@ -74,6 +74,8 @@ class CompileConfig:
     @classmethod
     def from_options(cls, options: Mapping[str, object] | None) -> "CompileConfig":
         """Build from a user's mapping; an unknown key is an error that lists the known ones."""
+        if options is not None and not isinstance(options, Mapping):
+            raise ConfigError(f"options must be a mapping of names to values, not {options!r}")
         known = [field.name for field in fields(cls)]
         for key in options or {}:
             if key not in known:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoflow_compiler.engine.batch import Batch
@@ -12,7 +13,12 @@ from nanoflow_compiler.engine.request import FinishReason, Request
 from nanoflow_compiler.engine.runner import ModelRunner
 from nanoflow_compiler.engine.sampler import sample
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.errors import ConfigError, EmptyPromptError, PromptTooLongError
+from nanoflow_compiler.errors import (
+    ConfigError,
+    EmptyPromptError,
+    PromptTooLongError,
+    RequestError,
+)
 
 __all__ = ["EngineCore"]
 
@@ -20,7 +26,7 @@ __all__ = ["EngineCore"]
 class EngineCore:
     """Requests join and leave between steps (continuous batching)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what an engine is made of
         self,
         runner: ModelRunner,
         *,
@@ -28,6 +34,7 @@ class EngineCore:
         tokenizer: PreTrainedTokenizerBase | None,
         eos_token_ids: frozenset[int],
         max_model_len: int,
+        vocab_size: int,
         seed: int = 0,
     ) -> None:
         self.runner = runner
@@ -35,6 +42,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
         self.seed = seed
         self._num_requests = 0
         self._requests: dict[int, Request] = {}
@@ -57,10 +65,11 @@ class EngineCore:
             )
         if params.stop_strings and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer; use stop_token_ids or pass one")
+        token_ids = _checked(prompt_token_ids, vocab_size=self.vocab_size)
         self._num_requests += 1
         request = Request(
             request_id=self._num_requests,
-            prompt_token_ids=tuple(prompt_token_ids),
+            prompt_token_ids=token_ids,
             params=params,
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             # Without a seed of its own, a request still repeats with the engine's and its number.
@@ -121,3 +130,17 @@ class EngineCore:
         self.batcher.finish(request, reason=reason)
         del self._requests[request.request_id]
         self._detokenizers.pop(request.request_id, None)
+
+
+def _checked(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
+    """The ids as plain integers; one that the model has no embedding for would end the whole step."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError("prompt_token_ids must be a list of integers")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RequestError(
+            f"prompt_token_ids holds {low if low < 0 else high}, but the model's tokens are 0 to "
+            f"{vocab_size - 1}; use the model's own tokenizer"
+        )
+    return tuple(ids.tolist())

@@ -22,12 +22,13 @@ from nanoflow_compiler.engine.outputs import CompletionOutput, RequestOutput, To
 from nanoflow_compiler.engine.request import Request
 from nanoflow_compiler.engine.runner import EagerStep, ModelRunner, StepFn
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.errors import ConfigError, EngineClosedError
+from nanoflow_compiler.errors import ConfigError, EngineClosedError, RequestError
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models import Decoder, load_decoder
 from nanoflow_compiler.models.decoder import eos_token_ids, max_model_len
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.models.verify import verify_packed
+from nanoflow_compiler.models.weights import check_finite
 
 __all__ = ["LLM", "Prompt", "TokensPrompt"]
 
@@ -143,8 +144,12 @@ class LLM:
         return self._core
 
     def _token_ids(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
+        if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
             return prompt["prompt_token_ids"]
+        if not isinstance(prompt, str):
+            raise RequestError(
+                "a prompt is text or {'prompt_token_ids': [...]}, not " + type(prompt).__name__
+            )
         if self.tokenizer is None:
             raise ConfigError(
                 "the model has no tokenizer: pass one, or prompts as {'prompt_token_ids': [...]}"
@@ -190,12 +195,18 @@ class _Served:
                 eos_token_ids=model.eos_token_ids,
                 loaded=loaded,
             )
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                "the model must be a name, a path or a model of transformers, not "
+                + type(model).__name__
+            )
+        check_finite(model, where=type(model).__name__)
         return cls(
             model=model,
             tokenizer=tokenizer,
             path=None,
             max_model_len=max_model_len(model.config),
-            eos_token_ids=eos_token_ids(model.generation_config, model.config),
+            eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config),
             loaded=False,
         )
 
@@ -221,6 +232,7 @@ def _make_core(
         tokenizer=served.tokenizer,
         eos_token_ids=served.eos_token_ids,
         max_model_len=config.max_model_len,
+        vocab_size=served.model.config.get_text_config().vocab_size,
         seed=config.seed,
     )
 
