@@ -27,6 +27,8 @@ _SHORT = {
     "aten.unsqueeze.default": "torch.unsqueeze",
 }
 _HANDLE = "NO_BYTES"
+# What the generated functions call things themselves, as a model may call its arguments.
+_TAKEN = {"bind", "cuts", "inputs", "merge", "ops", "run", "take", "take_dense", "torch", "values"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ def write_function(
 def variable(name: str, span: Span | None = None) -> str:
     """A Python name for a value, or for some cells of it."""
     clean = re.sub(r"\W", "_", name)
+    clean += "_" if clean in _TAKEN else ""
     return clean if span is None or span.dim is None else f"{clean}_c{span.first}_{span.last}"
 
 

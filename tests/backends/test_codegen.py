@@ -34,3 +34,18 @@ def test_program_of_one_layer(step_of_one_layer, golden):
 
 def test_source_of_one_layer(step_of_one_layer, golden):
     golden("llama_layer.source.txt", step_of_one_layer.executables[-1].source)
+
+
+def test_names_of_a_model_that_the_source_uses_itself():
+    def function(cuts, inputs, merge, values):
+        picked = torch.take(merge, values)
+        return (cuts * 2 + merge).cumsum(0) + picked, inputs + picked
+
+    tensors = [torch.arange(12.0).view(4, 3) * scale for scale in (1, 2, 3)]
+    arguments = (*tensors, torch.arange(12).view(4, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        function, backend="nanoflow", options={"parts": 2, "clusters": "eager"}
+    )
+    with torch.no_grad():
+        assert all(map(torch.equal, compiled(*arguments), function(*arguments)))
