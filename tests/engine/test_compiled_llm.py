@@ -40,11 +40,25 @@ def random_cut(num_tokens, num_cells):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("backend", "parts"), [("codegen", 2), ("reference", 3)])
 def test_tokens_equal_eager(name, backend, parts):
+    check_tokens(name, backend=backend, parts=parts, clusters="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("backend", "clusters"),
+    [("codegen", "inductor"), ("codegen", "eager"), ("reference", "eager")],
+)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_architecture(name, backend, clusters, parts):
+    check_tokens(name, backend=backend, parts=parts, clusters=clusters)
+
+
+def check_tokens(name, **options):
     model = BUILDERS[name]()
     expected = eager_tokens(model)
-    options = {"backend": backend, "parts": parts, "clusters": "eager"}
     with LLM(model, options=options, max_num_batched_tokens=33) as llm:
-        assert llm._core.runner.step.num_cells == parts
+        assert llm._core.runner.step.num_cells == options["parts"]
         assert tokens_of(llm) == expected
         llm._core.runner.cut = random_cut
         assert tokens_of(llm) == expected
