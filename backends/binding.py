@@ -1,16 +1,17 @@
 """Values of a program's inputs, from what a call of the graph is given.
 
-What depends on parameters alone, views and merges of them, is a function of its own: readable
-Python as the program is, and run once.
+What depends on parameters alone, views, merges and packed copies of them, is a function of its own:
+readable Python as the program is, and run once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from nanoflow_compiler.backends.gemms import pack
 from nanoflow_compiler.backends.source import Verbatim, call_text, variable
 from nanoflow_compiler.graphs import map_nodes
 from nanoflow_compiler.merging import are_adjacent, merge_rows
@@ -28,6 +29,8 @@ class InputLayout:
     """Placeholders that are parameters."""
     merged: tuple[tuple[int, ...], ...]
     """Parameters that each merge joins."""
+    packed: tuple[int, ...]
+    """Parameters of which packed inputs are made."""
     live: tuple[tuple[int, int], ...]
     """Inputs, with their placeholders, that differ from call to call."""
 
@@ -38,8 +41,12 @@ def write_binding(
     inputs: Sequence[str],
     weights: Sequence[str],
     bound: Sequence[fx.Node],
+    packed: frozenset[str] = frozenset(),
 ) -> tuple[InputLayout, dict[str, Any]]:
-    """The layout of ``inputs``, and what the names in its source stand for beside torch."""
+    """The layout of ``inputs``, and what the names in its source stand for beside torch.
+
+    Inputs in ``packed`` are bound in the layout of packed GEMMs.
+    """
     placeholders = [node.name for node in module.graph.find_nodes(op="placeholder")]
     at = {name: position for position, name in enumerate(placeholders)}
     names = {
@@ -47,11 +54,14 @@ def write_binding(
         for node in module.graph.find_nodes(op="get_attr")
     }
     lines = [_line(node, names) for node in bound]
+    if packed:
+        names[pack.__name__] = pack
     merges = [node for node in bound if node.target is merge_rows]
     layout = InputLayout(
-        source=_source(placeholders, lines, inputs),
+        source=_source(placeholders, lines, inputs, packed),
         weights=tuple(at[name] for name in weights),
         merged=tuple(tuple(at[arg.name] for arg in node.all_input_nodes) for node in merges),
+        packed=tuple(sorted(at[name] for name in _origins(module, packed))),
         live=tuple(
             (index, at[name])
             for index, name in enumerate(inputs)
@@ -59,6 +69,18 @@ def write_binding(
         ),
     )
     return layout, names
+
+
+def _origins(module: fx.GraphModule, names: Set[str]) -> set[str]:
+    """The placeholders that the named nodes are made of."""
+    found: set[str] = set()
+    pending = [node for node in module.graph.nodes if node.name in names]
+    while pending:
+        node = pending.pop()
+        pending += node.all_input_nodes
+        if node.op == "placeholder":
+            found.add(node.name)
+    return found
 
 
 def _line(node: fx.Node, names: dict[str, Any]) -> str:
@@ -69,11 +91,14 @@ def _line(node: fx.Node, names: dict[str, Any]) -> str:
     return f"{variable(node.name)} = {call_text(node, args, kwargs, names=names)}"
 
 
-def _source(placeholders: Sequence[str], lines: Sequence[str], inputs: Sequence[str]) -> str:
+def _source(
+    placeholders: Sequence[str], lines: Sequence[str], inputs: Sequence[str], packed: Set[str]
+) -> str:
     given = [f"    ({', '.join(map(variable, placeholders))},) = values"] if placeholders else []
     body = [*given, *(f"    {line}" for line in lines)]
-    head = '"""Inputs of a program: views and merges of parameters, made once."""'
-    result = f"    return [{', '.join(map(variable, inputs))}]"
+    head = '"""Inputs of a program: views, merges and packed copies of parameters, made once."""'
+    shown = [f"pack({variable(i)})" if i in packed else variable(i) for i in inputs]
+    result = f"    return [{', '.join(shown)}]"
     return "\n".join([head, "", "", "def bind(values):", *body, result, ""])
 
 
@@ -81,7 +106,7 @@ class InputBinder:
     """Turns the values of placeholders into those of a program's inputs.
 
     ``bind`` runs for the first call, and again only when a parameter's memory is no longer where
-    it was, or, where a merge had to copy, when a parameter was written to.
+    it was, or, where it was copied to be merged or packed, when a parameter was written to.
     """
 
     def __init__(self, layout: InputLayout, names: dict[str, Any]) -> None:
@@ -108,14 +133,19 @@ class InputBinder:
         return result
 
     def rebind(self, values: Sequence[Any]) -> None:
-        """Merge and view the parameters anew."""
+        """View, merge and pack the parameters anew."""
         # What is made in inference mode could never be trained again.
         with torch.inference_mode(mode=False), torch.no_grad():
             self._template = self._bind(values)
         copied = [m for m in self.layout.merged if not are_adjacent([values[at] for at in m])]
-        self._watched = [at for merge in copied for at in merge]
+        self._watched = [*self.layout.packed, *(at for merge in copied for at in merge)]
         self._key = self._state(values)
 
     def _state(self, values: Sequence[Any]) -> tuple[int, ...]:
         places = tuple([values[at].data_ptr() for at in self.layout.weights])
-        return places + tuple([values[at]._version for at in self._watched])
+        return places + tuple([_writes(values[at]) for at in self._watched])
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; one of inference mode does not count that."""
+    return 0 if tensor.is_inference() else int(tensor._version)

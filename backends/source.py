@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from nanoflow_compiler.backends.clusters import kernel_name
+from nanoflow_compiler.backends.gemms import packed_addmm, packed_mm
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
-from nanoflow_compiler.graphs import is_size, map_nodes, size_hint
+from nanoflow_compiler.graphs import is_size, map_nodes, overload, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order
 
@@ -137,11 +138,19 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
         parts = attention_parts(writer.program, writer.unit)
         args = (*args[:-1], parts.index((launch.first, launch.last)))
     result = variable(node.name, own)
-    call = call_text(node, args, kwargs, names=writer.names)
+    if any(arg.name in writer.unit.packed for arg in node.all_input_nodes):
+        call = _packed_call(node, args, writer.names)
+    else:
+        call = call_text(node, args, kwargs, names=writer.names)
     if node.users:
         writer.add(f"{result} = {call}", makes=[result], uses=uses)
     else:
         writer.add(call, makes=(), uses=uses)
+
+
+def _packed_call(node: fx.Node, args: Any, names: dict[str, Any]) -> str:
+    gemm = packed_mm if overload(node) is torch.ops.aten.mm else packed_addmm
+    return f"{_callee(gemm, gemm.__name__, names)}({', '.join(map(literal, args))})"
 
 
 class Verbatim(str):

@@ -21,6 +21,8 @@ class Unit:
     module: fx.GraphModule
     ops: dict[str, Op]
     nodes: dict[str, fx.Node]
+    packed: frozenset[str] = frozenset()
+    """Inputs that are bound packed for oneDNN; see ``gemms``."""
 
     @classmethod
     def of(cls, graph: OpGraph, module: fx.GraphModule) -> "Unit":

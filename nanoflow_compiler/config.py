@@ -10,10 +10,18 @@ from typing import Literal, get_args
 from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.hardware import DEVICE_SPECS
 
-__all__ = ["BackendName", "ClusterMode", "CompileConfig", "TrainingMode", "cache_dir"]
+__all__ = [
+    "BackendName",
+    "ClusterMode",
+    "CompileConfig",
+    "GemmMode",
+    "TrainingMode",
+    "cache_dir",
+]
 
 BackendName = Literal["codegen", "reference"]
 ClusterMode = Literal["inductor", "eager"]
+GemmMode = Literal["auto", "aten", "packed"]
 TrainingMode = Literal["inductor", "eager"]
 
 MAX_PARTS = 16
@@ -48,6 +56,9 @@ class CompileConfig:
     """Lanes (concurrent streams) of the schedule; ``"auto"`` is what the device gains from."""
     clusters: ClusterMode = "inductor"
     """How pointwise clusters run: compiled by Inductor, or as plain ATen calls."""
+    gemms: GemmMode = "auto"
+    """How GEMMs run on a CPU: by ``aten``, by oneDNN on ``packed`` copies of the weights, or ``auto``:
+    as measured faster on this machine, and none packed where the copies would not fit into memory."""
     fuse: bool = True
     """Merge linears that share an input into one GEMM."""
     training: TrainingMode = "inductor"
@@ -63,6 +74,7 @@ class CompileConfig:
         _check_count("lanes", self.lanes, most=MAX_LANES)
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("clusters", self.clusters, get_args(ClusterMode))
+        _check_choice("gemms", self.gemms, get_args(GemmMode))
         _check_choice("training", self.training, get_args(TrainingMode))
         _check_choice("device", self.device, ("auto", *DEVICE_SPECS))
         for name in ("fuse", "cache"):

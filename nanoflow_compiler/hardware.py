@@ -2,8 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["DEVICE_SPECS", "DeviceSpec", "device_spec"]
+__all__ = ["DEVICE_SPECS", "DeviceSpec", "available_memory_bytes", "device_spec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,13 @@ def _cpu() -> DeviceSpec:
 
 
 DEVICE_SPECS: dict[str, DeviceSpec] = {spec.name: spec for spec in (_cpu(), _A100, _H100, _H200)}
+
+
+def available_memory_bytes() -> int:
+    """Memory of this host that new allocations can have without swapping."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return int(kib) * 1024
 
 
 def device_spec(device_type: str, *, device_name: str = "") -> DeviceSpec:

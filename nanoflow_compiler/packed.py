@@ -22,9 +22,11 @@ class PackedStep:
 
     def __init__(self, compiled: CompiledGraph, weights: Sequence[Tensor]) -> None:
         self.compiled = compiled
-        self._weights = list(weights)
         # Here, once, since weights cannot be merged in inference mode.
         compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
+        # The rest is merged and packed, so that the originals may go with the model.
+        live = {position for _, position in compiled.binder.layout.live}
+        self._live = [w if at in live else None for at, w in enumerate(weights, NUM_GIVEN)]
         planned = compiled.executables[-1]
         self.num_cells = planned.num_cells
         self.attention_parts = planned.attention_parts
@@ -35,7 +37,7 @@ class PackedStep:
     ) -> Tensor:
         """Run one step; with an empty cell the unsplit program runs instead."""
         given = step_arguments(input_ids, positions, rows)
-        inputs = self.compiled.binder.fill([*given, *self._weights])
+        inputs = self.compiled.binder.fill([*given, *self._live])
         if any(start == end for start, end in itertools.pairwise(cuts)):
             whole = (0, input_ids.shape[0])
             (logits,) = self.compiled.executables[0](inputs, whole)

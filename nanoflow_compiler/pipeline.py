@@ -1,7 +1,7 @@
 """From a captured graph to something that runs: the pipeline, once for every candidate of parts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -9,6 +9,7 @@ from torch import fx
 from nanoflow_compiler.backends import Executable, get_backend
 from nanoflow_compiler.backends.binding import InputBinder, write_binding
 from nanoflow_compiler.backends.clusters import Kernels
+from nanoflow_compiler.backends.gemms import choose_packed
 from nanoflow_compiler.backends.rows import even_cuts
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.config import CompileConfig
@@ -62,7 +63,9 @@ def compile_graph(
     ops = step(estimate, analyse(captured, config=config, step=step), device=device)
     whole = _plan(ops, parts=1, config=config, device=device, step=step)
     chosen, decision = _choose(whole, ops, config=config, device=device, step=step)
-    unit = Unit.of(ops, captured.module)
+    weights = frozenset(captured.weights)
+    bound = bound_nodes(captured.module, weights)
+    unit = _unit(ops, captured, fixed=weights | {node.name for node in bound}, config=config)
     kernels = Kernels()
     step.note("decision", decision)
     plans = [whole] if chosen is whole else [whole, chosen]
@@ -76,13 +79,24 @@ def compile_graph(
         captured.module,
         inputs=ops.inputs,
         weights=captured.weights,
-        bound=bound_nodes(captured.module, frozenset(captured.weights)),
+        bound=bound,
+        packed=unit.packed,
     )
     step.note("binding", layout.source)
     binder = InputBinder(layout, names)
     return CompiledGraph(
         tuple(executables), binder, kernels, decision, _tokens_of(captured), tuple(plans)
     )
+
+
+def _unit(
+    ops: OpGraph, captured: CapturedGraph, *, fixed: frozenset[str], config: CompileConfig
+) -> Unit:
+    """What programs name; the reference backend takes every operation as the graph has it."""
+    unit = Unit.of(ops, captured.module)
+    if config.backend == "reference":
+        return unit
+    return replace(unit, packed=choose_packed(unit, fixed=fixed, mode=config.gemms))
 
 
 def _plan(

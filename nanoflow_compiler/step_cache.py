@@ -163,6 +163,7 @@ def _load(folder: Path) -> CompiledGraph:
         source=text("binding.py"),
         weights=tuple(layout["weights"]),
         merged=tuple(map(tuple, layout["merged"])),
+        packed=tuple(layout["packed"]),
         live=tuple((index, position) for index, position in layout["live"]),
     )
     programs = tuple(

@@ -42,7 +42,7 @@ def forbid_tracing(monkeypatch):
     monkeypatch.setattr(packed_module, "capture_step", refuse)
 
 
-@pytest.mark.parametrize("options", [{}, {"clusters": "eager", "parts": 2}])
+@pytest.mark.parametrize("options", [{}, {"clusters": "eager", "parts": 2, "gemms": "packed"}])
 def test_a_second_start_traces_nothing(checkpoint, cache, monkeypatch, options):
     expected = tokens(checkpoint, enforce_eager=True)
     assert tokens(checkpoint, options=options) == expected

@@ -1,0 +1,129 @@
+"""Packed GEMMs: the numbers of ATen's, for weights that nothing else reads, and fresh when those change."""
+
+import pytest
+import torch
+
+from nanoflow_compiler.backends import gemms
+from nanoflow_compiler.backends.gemms import can_pack, choose_packed, pack, packed_addmm, packed_mm
+from nanoflow_compiler.backends.unit import Unit
+from nanoflow_compiler.engine.llm import LLM
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.passes.lift import bound_nodes
+from tiny_models import gpt2, llama
+from traces import trace
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64, 513])
+@pytest.mark.parametrize(("depth", "columns"), [(8, 8), (96, 33), (1, 5)])
+def test_the_numbers_of_aten(rows, depth, columns, dtype):
+    if not can_pack(dtype):
+        pytest.skip(f"oneDNN does not compute in {dtype} on this processor")
+    x, weight = randn(rows, depth).to(dtype), randn(depth, columns).to(dtype)
+    bias = randn(columns).to(dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {}
+    packed = pack(weight)
+    torch.testing.assert_close(packed_mm(x, packed), x @ weight, **tolerance)
+    expected = torch.addmm(bias, x, weight)
+    torch.testing.assert_close(packed_addmm(bias, x, packed), expected, **tolerance)
+
+
+def test_rows_that_lie_apart():
+    wide, weight = randn(6, 40), randn(16, 12)
+    for x in (wide[:, 8:24], wide[::2, :16], wide.new_zeros(16, 6).t(), wide[:1, 8:24]):
+        torch.testing.assert_close(packed_mm(x, pack(weight)), x @ weight)
+
+
+def packed_names(function, *, mode="packed", **inputs):
+    """The parameters, by name, whose GEMMs would run packed."""
+    parameters = tuple(name for name in inputs if name != "x")
+    traced = trace(function, inputs, tokens={"x": 0}, weights=parameters)
+    ops = traced.analyse()
+    bound = bound_nodes(traced.module, traced.weights)
+    fixed = traced.weights | {node.name for node in bound}
+    names = choose_packed(Unit.of(ops, traced.module), fixed=fixed, mode=mode)
+    nodes = {node.name: node for node in traced.module.graph.nodes}
+    return {(nodes[name].all_input_nodes or [nodes[name]])[0].name for name in names}
+
+
+def test_weights_of_gemms_and_of_nothing_else():
+    given = {"x": randn(4, 8), "c": randn(8), **{name: randn(8, 8) for name in "abd"}}
+
+    def function(x, c, a, b, d):
+        return x @ a.t() @ b + c, torch.addmm(c, x, d)
+
+    assert packed_names(function, **given) == {"a", "b", "d"}
+    assert packed_names(function, mode="aten", **given) == set()
+
+
+def test_a_weight_that_is_also_a_left_operand():
+    square = randn(8, 8)
+    assert packed_names(lambda x, a: (x @ a, a @ a), x=randn(4, 8), a=square) == set()
+
+
+def test_auto_takes_what_measured_faster(monkeypatch):
+    monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
+    monkeypatch.setattr(gemms, "_is_faster", lambda _, columns, *__: columns == 24)
+    given = {
+        "x": randn(4, 8),
+        "wide": randn(24, 8),
+        "back": randn(8, 24),
+    }
+
+    def function(x, wide, back):
+        return torch.relu(x @ wide.t()) @ back.t()
+
+    assert packed_names(function, mode="auto", **given) == {"wide"}
+    monkeypatch.setattr(gemms, "available_memory_bytes", lambda: 24 * 8 * 4)
+    assert packed_names(function, mode="auto", **given) == set()
+
+
+def test_the_measurement_ends_with_an_answer(monkeypatch):
+    monkeypatch.setattr(gemms, "_COLD_BYTES", 1 << 16)
+    assert gemms._is_faster(64, 32, torch.float32) in (True, False)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_changed_weights_are_packed_again(build, parts):
+    model = build()
+    options = {"gemms": "packed", "parts": parts, "clusters": "eager"}
+    compiled = torch.compile(model, backend="nanoflow", options=options)
+    ids = torch.arange(3, 23).reshape(2, 10)
+
+    def check():
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+            found = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    check()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    check()
+    model.load_state_dict(build().state_dict())
+    check()
+
+
+def test_the_engine_on_packed_weights():
+    params = SamplingParams(temperature=0, max_tokens=6)
+    prompts = [{"prompt_token_ids": [5, 6, 7, 8, 9]}, {"prompt_token_ids": [11]}]
+
+    def tokens(**settings):
+        with LLM(llama(), **settings) as llm:
+            return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    options = {"gemms": "packed", "clusters": "eager"}
+    assert tokens(options=options) == tokens(enforce_eager=True)
