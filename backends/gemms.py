@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.config import GemmMode
@@ -109,7 +110,7 @@ def _is_faster(depth: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether packed weights ``[depth, columns]`` are read faster, for one row and for a few."""
     columns = min(columns, _MEASURED_COLUMNS)
     count = max(1, _COLD_BYTES // (depth * columns * dtype.itemsize))
-    with torch.inference_mode():
+    with unset_fake_temporarily(), torch.inference_mode():
         plain = [torch.randn(columns, depth).to(dtype).t() for _ in range(count)]
         packed = [pack(weight) for weight in plain]
         share = 0.0

@@ -152,9 +152,9 @@ def hf_answers(model: Any, engine: str) -> Answer:
 
     static = {"cache_implementation": "static"} if engine == "inductor-static" else {}
     if engine.startswith("inductor"):
-        model.forward = torch.compile(model.forward, dynamic=True)
+        model.forward = torch.compile(model.forward)
     elif engine == "nanoflow-compile":
-        model.forward = torch.compile(model.forward, backend="nanoflow", dynamic=True)
+        model.forward = torch.compile(model.forward, backend="nanoflow")
 
     def answer(batch: int, prompt: int, new: int) -> Any:
         ids = torch.randint(3, 1000, (batch, prompt))

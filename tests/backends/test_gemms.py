@@ -94,6 +94,21 @@ def test_the_measurement_ends_with_an_answer(monkeypatch):
     assert gemms._is_faster(64, 32, torch.float32) in (True, False)
 
 
+def test_measured_while_dynamo_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
+    monkeypatch.setattr(gemms, "_COLD_BYTES", 1 << 12)
+    monkeypatch.setattr(gemms, "_WORTH", float("inf"))
+    gemms._is_faster.cache_clear()
+    linear, x = torch.nn.Linear(24, 8), randn(4, 24)
+    options = {"dump": tmp_path}
+    compiled = torch.compile(linear, backend="nanoflow", options=options, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), linear(x))
+    gemms._is_faster.cache_clear()
+    (source,) = tmp_path.glob("*/program_0.py")
+    assert "fn_packed_addmm" in source.read_text()
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_changed_weights_are_packed_again(build, parts):
