@@ -4,14 +4,14 @@ What depends on parameters alone, views, merges and packed copies of them, is a 
 readable Python as the program is, and run once.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from nanoflow_compiler.backends.gemms import pack
+from nanoflow_compiler.backends.gemms import num_writes, pack
 from nanoflow_compiler.backends.source import Verbatim, call_text, variable
 from nanoflow_compiler.graphs import map_nodes
 from nanoflow_compiler.merging import are_adjacent, merge_rows
@@ -57,11 +57,12 @@ def write_binding(
     if packed:
         names[pack.__name__] = pack
     merges = [node for node in bound if node.target is merge_rows]
+    origins = {name: _origins(module, name) for name in inputs if name in packed}
     layout = InputLayout(
-        source=_source(placeholders, lines, inputs, packed),
+        source=_source(placeholders, lines, inputs, origins),
         weights=tuple(at[name] for name in weights),
         merged=tuple(tuple(at[arg.name] for arg in node.all_input_nodes) for node in merges),
-        packed=tuple(sorted(at[name] for name in _origins(module, packed))),
+        packed=tuple(sorted({at[name] for made_of in origins.values() for name in made_of})),
         live=tuple(
             (index, at[name])
             for index, name in enumerate(inputs)
@@ -71,15 +72,15 @@ def write_binding(
     return layout, names
 
 
-def _origins(module: fx.GraphModule, names: Set[str]) -> set[str]:
-    """The placeholders that the named nodes are made of."""
-    found: set[str] = set()
-    pending = [node for node in module.graph.nodes if node.name in names]
+def _origins(module: fx.GraphModule, name: str) -> list[str]:
+    """The placeholders that a node is made of."""
+    found: list[str] = []
+    pending = [node for node in module.graph.nodes if node.name == name]
     while pending:
         node = pending.pop()
         pending += node.all_input_nodes
         if node.op == "placeholder":
-            found.add(node.name)
+            found.append(node.name)
     return found
 
 
@@ -92,13 +93,23 @@ def _line(node: fx.Node, names: dict[str, Any]) -> str:
 
 
 def _source(
-    placeholders: Sequence[str], lines: Sequence[str], inputs: Sequence[str], packed: Set[str]
+    placeholders: Sequence[str],
+    lines: Sequence[str],
+    inputs: Sequence[str],
+    packed: Mapping[str, Sequence[str]],
 ) -> str:
+    """``packed`` says of which placeholders a packed input is made."""
+
+    def shown(name: str) -> str:
+        if name not in packed:
+            return variable(name)
+        made_of = ", ".join(map(variable, packed[name]))
+        return f"pack({variable(name)}, made_of=[{made_of}])"
+
     given = [f"    ({', '.join(map(variable, placeholders))},) = values"] if placeholders else []
     body = [*given, *(f"    {line}" for line in lines)]
     head = '"""Inputs of a program: views, merges and packed copies of parameters, made once."""'
-    shown = [f"pack({variable(i)})" if i in packed else variable(i) for i in inputs]
-    result = f"    return [{', '.join(shown)}]"
+    result = f"    return [{', '.join(map(shown, inputs))}]"
     return "\n".join([head, "", "", "def bind(values):", *body, result, ""])
 
 
@@ -143,9 +154,4 @@ class InputBinder:
 
     def _state(self, values: Sequence[Any]) -> tuple[int, ...]:
         places = tuple([values[at].data_ptr() for at in self.layout.weights])
-        return places + tuple([_writes(values[at]) for at in self._watched])
-
-
-def _writes(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; one of inference mode does not count that."""
-    return 0 if tensor.is_inference() else int(tensor._version)
+        return places + tuple([num_writes(values[at]) for at in self._watched])

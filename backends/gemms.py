@@ -7,19 +7,22 @@ How much depends on the machine, so ``auto`` measures both, once for each shape 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.config import GemmMode
 from nanoflow_compiler.graphs import overload
 from nanoflow_compiler.hardware import available_memory_bytes
 
-__all__ = ["can_pack", "choose_packed", "pack", "packed_addmm", "packed_mm"]
+__all__ = ["can_pack", "choose_packed", "num_writes", "pack", "packed_addmm", "packed_mm"]
 
 _LOG = logging.getLogger(__name__)
 _aten = torch.ops.aten
@@ -43,10 +46,33 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or bfloat16
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The right operand ``[K, N]`` of a GEMM in oneDNN's own layout: opaque, for the calls below."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous())
+_PACKED: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+
+
+def pack(weight: Tensor, *, made_of: Sequence[Tensor] = ()) -> Tensor:
+    """The right operand ``[K, N]`` of a GEMM in oneDNN's own layout: opaque, for the calls below.
+
+    The graphs of one model share a copy: ``made_of`` are the parameters that ``weight`` views or
+    merges, and while those are the same and unwritten, so is the result.
+    """
+    key = (*map(_state, made_of), weight.shape, weight.stride())
+    packed = _PACKED.get(key) if made_of else None
+    if packed is None:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous())
+        if made_of:
+            _PACKED[key] = packed
     return packed
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    # A weak reference keeps the address of a storage from being used again.
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return storage, tensor.storage_offset(), tensor.dtype, tensor.shape, num_writes(tensor)
+
+
+def num_writes(tensor: Tensor) -> int:
+    """How often a tensor was written to; one of inference mode does not count that."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def packed_mm(x: Tensor, weight: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     register_attention()
     kept = returned_memory(module)
     for node in list(call_nodes(module)):
+        if overload(node) is aten.cat:  # also where it is returned: what is left is no alias
+            _drop_empty_pieces(node)
         rewrite = _REWRITES.get(overload(node))
         replacement = rewrite(node) if rewrite and node not in kept else None
         if replacement is not None:
@@ -193,17 +195,16 @@ def _plus_zero(node: fx.Node) -> fx.Node | None:
     return None if value.is_floating_point() or value.is_complex() else source
 
 
-def _drop_empty_pieces(node: fx.Node) -> fx.Node | None:
-    """A fresh ``DynamicCache`` begins as an empty tensor, joined to the first keys."""
+def _drop_empty_pieces(node: fx.Node) -> None:
+    """A fresh ``DynamicCache`` begins as an empty tensor, joined to the first keys: a copy of those."""
     pieces = [piece for piece in operands(node, 0) if shape_of(piece) != (0,)]
     if not pieces or any(piece.meta["val"].dtype != node.meta["val"].dtype for piece in pieces):
-        return None
+        return
     if len(pieces) > 1:
         node.update_arg(0, pieces)
-        return None
+        return
     node.target, node.args = aten.clone.default, (pieces[0],)
     node.kwargs = {"memory_format": torch.contiguous_format}
-    return _copy(node)
 
 
 def _product_of_one(node: fx.Node) -> fx.Node | None:
@@ -257,7 +258,6 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.transpose: _one_spelling_of_transpose,
     aten.mul: _times_one,
     aten.add: _plus_zero,
-    aten.cat: _drop_empty_pieces,
     aten.copy: _overwritten,
     aten.slice_scatter: _assembled,
     aten.bmm: _product_of_one,

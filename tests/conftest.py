@@ -1,6 +1,7 @@
 """Tiers of tests, golden files, and the real model that several of them share."""
 
 import difflib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ NEEDED_GPUS = {"gpu": 1, "multigpu": 2}
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--accept", action="store_true", help="write what golden files should hold")
+
+
+def pytest_configure(config):
+    # Workers that run side by side share the cores, as do the processes that they start.
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config, items):

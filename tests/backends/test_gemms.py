@@ -132,6 +132,26 @@ def test_changed_weights_are_packed_again(build, parts):
     check()
 
 
+def test_graphs_of_one_model_share_the_packed_copies():
+    linear, other = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+
+    def packed(module):
+        return pack(module.weight.t(), made_of=[module.weight])
+
+    first = packed(linear)
+    assert packed(linear) is first
+    assert packed(other) is not first
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    second = packed(linear)
+    assert second is not first
+    assert pack(linear.weight.t()) is not second
+    x = randn(3, 8)
+    torch.testing.assert_close(packed_mm(x, second), linear(x))
+    linear.weight.data = randn(8, 8)
+    torch.testing.assert_close(packed_mm(x, packed(linear)), linear(x))
+
+
 def test_the_engine_on_packed_weights():
     params = SamplingParams(temperature=0, max_tokens=6)
     prompts = [{"prompt_token_ids": [5, 6, 7, 8, 9]}, {"prompt_token_ids": [11]}]

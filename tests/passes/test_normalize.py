@@ -127,6 +127,17 @@ def test_one_spelling_of_each(name):
     assert found == expected
 
 
+def test_a_cat_that_is_returned_stays_a_copy():
+    """The keys of a fresh cache: they must not be the memory of what they were made from."""
+    traced = trace(lambda x: torch.cat([torch.empty(0), x]), {"x": X}, tokens={"x": 0})
+    normalize(traced.module)
+    assert [call for call in calls(traced.module) if call != "empty"] == ["clone"]
+    given = X.nan_to_num()
+    result = traced.module(given)
+    assert torch.equal(result, given)
+    assert result.data_ptr() != given.data_ptr()
+
+
 def test_a_squeeze_names_the_dimensions_that_are_one():
     traced = trace(lambda x: x[None, :, None].squeeze() + 1, {"x": X}, tokens={"x": 0})
     normalize(traced.module)
