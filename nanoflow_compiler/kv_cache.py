@@ -6,7 +6,9 @@ Block 0 is scratch: rows that pad a step write there and nothing reads it, hence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class KVCache:
 
         def pool(layer: LayerShape, dim: int) -> Tensor:
             shape = (num_blocks, BLOCK_SIZE, layer.num_kv_heads, dim)
-            return torch.zeros(shape, dtype=layer.dtype, device=device)
+            return _zeros(shape, dtype=layer.dtype, device=torch.device(device))
 
         return cls(
             keys=tuple(pool(layer, layer.head_dim) for layer in layers),
@@ -64,3 +66,19 @@ class KVCache:
         """Write one token per slot; a slot is ``block * 64 + offset``."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+
+
+_ALIGNMENT = 64
+
+
+def _zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU, pages that the system makes zero when they are first touched, as numpy asks for them.
+
+    ``torch.zeros`` writes them all, which takes seconds, and memory that may never be used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(*shape)

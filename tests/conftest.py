@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--accept", action="store_true", help="write what golden files should hold")
 
 
-def pytest_configure(config):
+def pytest_configure():
     # Workers that run side by side share the cores, as do the processes that they start.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
