@@ -1,15 +1,14 @@
 """The tokens of one step as arrays."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from nanoflow_compiler.engine.batcher import Entry
-from nanoflow_compiler.engine.request import Request
+from nanoflow_compiler.engine.batcher import Entries
+from nanoflow_compiler.engine.table import RequestTable
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Ints"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -18,46 +17,43 @@ Ints = npt.NDArray[np.int64]
 class Batch:
     """``T`` packed tokens of ``R`` requests, of which ``S`` get their next token."""
 
-    token_ids: Ints  # [T]
+    token_ids: Ints  # [T]; of tokens that the host does not know yet, whatever
+    unknown: Ints  # [U], which of them those are
+    unknown_slots: Ints  # [U], whose last token they are
     positions: Ints  # [T]
     query_lens: Ints  # [R]
     context_lens: Ints  # [R], tokens of each request before its first one here
     block_tables: Ints  # [R, most blocks], padded with the scratch block 0
     rows: Ints  # [S], the last token of each sampled request
-    sampled: tuple[Request, ...]
+    slots: Ints  # [S]
+    keys: Ints  # [S], which tell whether a slot still has the request that was sampled
+    counters: Ints  # [S], the number of the token in the output
 
     @classmethod
-    def pack(cls, entries: Sequence[Entry]) -> "Batch":
-        query_lens = np.array([entry.num_tokens for entry in entries], dtype=np.int64)
-        context_lens = np.array([entry.start for entry in entries], dtype=np.int64)
-        ends = np.cumsum(query_lens)
-        shifts = np.repeat(context_lens - ends + query_lens, query_lens)
+    def pack(cls, table: RequestTable, entries: Entries) -> "Batch":
+        """The batch of entries that were just made."""
+        slots, starts, counts = entries.slots, entries.starts, entries.counts
+        ends = np.cumsum(counts)
+        owners = np.repeat(slots, counts)
+        positions = np.arange(len(owners)) + np.repeat(starts - ends + counts, counts)
+        # At most the last token of a request is unknown, and a step that has it computes no other.
+        is_unknown = starts >= table.num_known[slots]
+        most = int(-(-(starts + counts).max(initial=0) // table.block_size))
+        sampled = slots[entries.is_sampled]
         return cls(
-            token_ids=_token_ids(entries),
-            positions=np.arange(len(shifts)) + shifts,
-            query_lens=query_lens,
-            context_lens=context_lens,
-            block_tables=_block_tables(entries),
-            rows=(ends - 1)[[entry.is_sampled for entry in entries]],
-            sampled=tuple(entry.request for entry in entries if entry.is_sampled),
+            token_ids=table.token_ids[owners, positions].astype(np.int64),
+            unknown=(ends - 1)[is_unknown],
+            unknown_slots=slots[is_unknown],
+            positions=positions,
+            query_lens=counts,
+            context_lens=starts,
+            block_tables=table.block_tables[slots, :most].astype(np.int64),
+            rows=(ends - 1)[entries.is_sampled],
+            slots=sampled,
+            keys=table.keys[sampled],
+            counters=table.num_scheduled[sampled] - 1 - table.num_prompt[sampled],
         )
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-
-def _token_ids(entries: Sequence[Entry]) -> Ints:
-    ids: list[int] = []
-    for entry in entries:
-        ids += entry.request.token_ids[entry.start : entry.start + entry.num_tokens]
-    return np.array(ids, dtype=np.int64)
-
-
-def _block_tables(entries: Sequence[Entry]) -> Ints:
-    tables = np.zeros(
-        (len(entries), max(len(entry.request.blocks) for entry in entries)), dtype=np.int64
-    )
-    for row, entry in enumerate(entries):
-        tables[row, : len(entry.request.blocks)] = entry.request.blocks
-    return tables

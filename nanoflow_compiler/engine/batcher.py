@@ -1,144 +1,300 @@
 """Forms the batches: which requests advance in the next step, and by how many tokens."""
 
-import warnings
+import logging
+import time
 from collections import deque
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from nanoflow_compiler.engine.blocks import BlockAllocator
-from nanoflow_compiler.engine.request import FinishReason, Request
+import numpy as np
+import numpy.typing as npt
+
+from nanoflow_compiler.engine.blocks import BlockAllocator, block_hashes
+from nanoflow_compiler.engine.lengths import OutputLengths, peak_tokens
+from nanoflow_compiler.engine.messages import EngineRequest
+from nanoflow_compiler.engine.table import RequestTable
 from nanoflow_compiler.errors import OutOfBlocksError
 
-__all__ = ["Batcher", "Entry"]
+__all__ = ["Batcher", "Entries", "Waiting"]
+
+_LOG = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+_NONE: Ints = np.zeros(0, dtype=np.int64)
+_QUIET_SECONDS = 10.0
+"""Preemptions are logged together, not more often than this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """Consecutive tokens of one request, from its token ``start``."""
+class Entries:
+    """Consecutive tokens of ``R`` requests, which one step computes."""
 
-    request: Request
-    start: int
-    num_tokens: int
+    slots: Ints  # [R]
+    starts: Ints  # [R], the number of the first token
+    counts: Ints  # [R]
+    is_sampled: npt.NDArray[
+        np.bool_
+    ]  # [R], whether these are all tokens, so that the next one is found
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the step computes the last token that is known, and so finds the next one."""
-        return self.start + self.num_tokens == len(self.request.token_ids)
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @classmethod
+    def join(cls, parts: Sequence["Entries"]) -> "Entries":
+        """All of them in one."""
+        return cls(
+            slots=np.concatenate([part.slots for part in parts]),
+            starts=np.concatenate([part.starts for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+            is_sampled=np.concatenate([part.is_sampled for part in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has no slot yet."""
+
+    request: EngineRequest
+    limit: int
+    """Tokens at which it ends for its length, prompt included."""
 
 
 class Batcher:
     """A constant token budget per step: decode first, then prefill cut at any token to fill it.
 
-    A request is admitted once the cache has room for all tokens it has, so prefill never runs short;
-    decode may, and then the youngest running request gives its blocks back and is computed again later.
-    Requests are admitted in order of arrival, and a preempted one keeps its place.
+    A request is admitted when the cache has room for the tokens it has, and the most that all running
+    requests are expected to hold at once fits too. When that guess was too low, decode runs out of
+    blocks: the youngest running request gives its blocks back, keeps its place in the queue, and is
+    computed again later. Requests are admitted in order of arrival.
     """
 
     def __init__(
-        self, allocator: BlockAllocator, *, max_num_seqs: int, max_num_batched_tokens: int
+        self, table: RequestTable, allocator: BlockAllocator, *, max_num_batched_tokens: int
     ) -> None:
+        self.table = table
         self.allocator = allocator
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[Waiting] = deque()
+        self.queued: deque[int] = deque()
+        """Slots without blocks, the oldest request first: preempted ones, and who is next in line."""
+        self.running: Ints = _NONE
+        """Slots in the order of admission."""
+        self.lengths = OutputLengths()
         self.num_preemptions = 0
+        self.num_cache_queries = 0
+        self.num_cache_hits = 0
+        self._num_silent = 0
+        self._last_log = 0.0
 
     @property
     def has_requests(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.queued or len(self.running))
 
-    def check(self, request: Request) -> None:
-        """Refuse a request that could not be finished even alone in the cache."""
-        needed = self.allocator.count(request.max_stored_tokens)
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.queued)
+
+    def check(self, *, num_prompt: int, limit: int) -> None:
+        """:class:`OutOfBlocksError` for a request that would not fit even alone."""
+        # The last token that is sampled is never stored.
+        needed = self.allocator.count(limit - 1)
         if needed > self.allocator.num_usable:
             raise OutOfBlocksError(
-                f"a prompt of {len(request.prompt_token_ids)} tokens and {request.max_tokens} more "
-                f"need {needed} KV blocks of {self.allocator.block_size} tokens, and there are "
+                f"a prompt of {num_prompt} tokens and {limit - num_prompt} more need {needed} KV "
+                f"blocks of {self.allocator.block_size} tokens, and there are "
                 f"{self.allocator.num_usable}: raise num_kv_blocks (or kv_cache_memory_bytes), or "
                 "lower max_tokens"
             )
 
-    def add(self, request: Request) -> None:
-        self.check(request)
-        self.waiting.append(request)
+    def add(self, request: EngineRequest, *, limit: int) -> None:
+        """Queue a request that was checked."""
+        self.waiting.append(Waiting(request, limit))
 
-    def next_batch(self) -> tuple[Entry, ...]:
-        """The tokens of the next step, which count as computed from now on; empty if nothing runs."""
-        preemptions = self.num_preemptions
-        entries = self._decode()
-        budget = self.max_num_batched_tokens - len(entries)
-        entries += self._prefill(budget, but=entries)
-        if self.num_preemptions == preemptions:
-            budget = self.max_num_batched_tokens - sum(entry.num_tokens for entry in entries)
-            entries += self._admit(budget)
-        for entry in entries:
-            entry.request.num_computed += entry.num_tokens
-        return tuple(entries)
+    def drop_waiting(self, keys: AbstractSet[int]) -> None:
+        """Forget requests that have no slot yet."""
+        if any(waiting.request.key in keys for waiting in self.waiting):
+            self.waiting = deque(w for w in self.waiting if w.request.key not in keys)
 
-    def finish(self, request: Request, *, reason: FinishReason) -> None:
-        """End a request, wherever it is, and take its blocks back."""
-        assert request.finish_reason is None, f"request {request.request_id} ended twice"
-        request.finish_reason = reason
-        (self.running if request in self.running else self.waiting).remove(request)
-        self._release(request)
+    def next_batch(self) -> Entries:
+        """The tokens of the next step, which count as computed from now on."""
+        before = self.num_preemptions
+        budget = self.max_num_batched_tokens
+        slots = self._decodes()
+        parts = [self._advance(slots, np.ones_like(slots))]
+        slots = self._prefills()
+        parts.append(self._advance(slots, _fill(self._pending(slots), budget - len(parts[0]))))
+        # What was just taken from a running request is not given to a new one.
+        if self.num_preemptions == before:
+            parts += self._admit(budget - sum(int(part.counts.sum()) for part in parts))
+        return Entries.join(parts)
 
-    def _decode(self) -> list[Entry]:
-        entries: list[Entry] = []
-        decodes = [request for request in self.running if request.num_pending == 1]
-        for request in decodes[: self.max_num_batched_tokens]:
-            while request in self.running and not self._grow(request):
-                self._preempt_youngest()
-            if request in self.running:
-                entries.append(Entry(request, request.num_computed, 1))
-        return entries
+    def release(self, slot: int) -> None:
+        """Forget a request that has a slot, wherever it is, and take its blocks back."""
+        if slot in self.queued:
+            self.queued.remove(slot)
+        else:
+            self.name_blocks(np.array([slot]))
+            self.running = self.running[self.running != slot]
+        self.allocator.release(self.table.take_blocks(slot))
+        self.table.remove(slot)
 
-    def _prefill(self, budget: int, *, but: list[Entry]) -> list[Entry]:
-        taken = {entry.request.request_id for entry in but}
-        entries = []
-        for request in self.running:
-            num_tokens = min(request.num_pending, budget)
-            if num_tokens and request.request_id not in taken:
-                entries.append(Entry(request, request.num_computed, num_tokens))
-                budget -= num_tokens
-        return entries
+    def name_blocks(self, slots: Ints) -> None:
+        """Let others find the blocks that are full of computed tokens with known values."""
+        table, size = self.table, self.allocator.block_size
+        full = np.minimum(table.num_computed[slots], table.num_known[slots]) // size
+        for slot, end in zip(slots.tolist(), full.tolist(), strict=True):
+            start = int(table.num_named[slot])
+            if start == end:
+                continue
+            names = self._names(slot)
+            for at in range(start, end):
+                self.allocator.name(int(table.block_tables[slot, at]), names[at])
+            table.num_named[slot] = end
 
-    def _admit(self, budget: int) -> list[Entry]:
-        entries = []
-        while budget and self.waiting and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            needed = self.allocator.count(len(request.token_ids))
-            if needed > self.allocator.num_free:
+    def _pending(self, slots: Ints) -> Ints:
+        return self.table.num_scheduled[slots] - self.table.num_computed[slots]
+
+    def _advance(self, slots: Ints, counts: Ints) -> Entries:
+        """The entries of those that have a count above zero."""
+        table = self.table
+        slots, counts = slots[counts > 0], counts[counts > 0]
+        starts = table.num_computed[slots]
+        table.num_computed[slots] += counts
+        is_sampled = table.num_computed[slots] == table.num_scheduled[slots]
+        table.num_scheduled[slots] += is_sampled
+        full = table.num_computed[slots] // self.allocator.block_size > table.num_named[slots]
+        if full.any():
+            self.name_blocks(slots[full])
+        return Entries(slots, starts, counts, is_sampled)
+
+    def _decodes(self) -> Ints:
+        """Slots of one pending token, each with a block for it."""
+        pending = self._pending(self.running)
+        # A request that will have all its tokens when the running step ends computes no more.
+        unfinished = self.table.num_scheduled[self.running] < self.table.limit[self.running]
+        slots = self.running[(pending == 1) & unfinished]
+        if len(slots) > self.max_num_batched_tokens:
+            slots = slots[: self.max_num_batched_tokens]
+            self.running = np.roll(self.running, -self.max_num_batched_tokens)
+        table = self.table
+        while True:
+            position = table.num_computed[slots]
+            short = slots[position >= table.num_blocks[slots] * table.block_size]
+            if len(short) <= self.allocator.num_free:
                 break
-            request.blocks = self.allocator.allocate(needed)
-            self.running.append(self.waiting.popleft())
-            num_tokens = min(request.num_pending, budget)
-            entries.append(Entry(request, 0, num_tokens))
-            budget -= num_tokens
-        return entries
+            slots = slots[slots != self._preempt_youngest()]
+        for slot, block in zip(short.tolist(), self.allocator.allocate(len(short)), strict=True):
+            table.give_blocks(slot, [block])
+        return slots
 
-    def _grow(self, request: Request) -> bool:
-        """Whether the request has, or now got, the block that its next token goes to."""
-        missing = self.allocator.count(request.num_computed + 1) - len(request.blocks)
-        if missing > self.allocator.num_free:
+    def _prefills(self) -> Ints:
+        """Slots of prompts that were begun."""
+        return self.running[self._pending(self.running) > 1]
+
+    def _admit(self, budget: int) -> Iterator[Entries]:
+        """Requests that were in line, until the budget is full.
+
+        One after the other, so that the next can share the blocks that the last one will fill in
+        this very step: a step stores all keys and values of a layer before any later row reads.
+        """
+        while budget > 0 and (slot := self._admit_next()) is not None:
+            self.running = np.append(self.running, slot)
+            slots = np.array([slot])
+            entries = self._advance(slots, _fill(self._pending(slots), budget))
+            budget -= int(entries.counts[0])
+            yield entries
+
+    def _admit_next(self) -> int | None:
+        """The next request in line, with all blocks that its tokens need."""
+        if not self.queued and self.waiting and self.table.num_free:
+            waiting = self.waiting.popleft()
+            self.queued.append(self.table.insert(waiting.request, limit=waiting.limit))
+        if not self.queued or not self._give_first_blocks(self.queued[0]):
+            return None
+        return self.queued.popleft()
+
+    def _give_first_blocks(self, slot: int) -> bool:
+        table, allocator = self.table, self.allocator
+        num_tokens = int(table.num_known[slot])
+        assert num_tokens == table.num_scheduled[slot], "a token of this request is under way"
+        # One token at least is computed, since its row is what the next token is sampled from.
+        most = (num_tokens - 1) // allocator.block_size
+        shared = allocator.find(self._names(slot)[:most])
+        missing = allocator.count(num_tokens) - len(shared)
+        if missing > allocator.num_free_beside(shared):
             return False
-        request.blocks += self.allocator.allocate(max(missing, 0))
+        num_used = len(shared) - (allocator.num_free - allocator.num_free_beside(shared))
+        if len(self.running) and not self._is_expected_to_fit(slot, num_shared=num_used):
+            return False
+        allocator.share(shared)
+        table.give_blocks(slot, [*shared, *allocator.allocate(missing)])
+        table.num_computed[slot] = len(shared) * allocator.block_size
+        table.num_named[slot] = len(shared)
+        if table.num_cached[slot] < 0:
+            table.num_cached[slot] = table.num_computed[slot]
+        self.num_cache_queries += num_tokens
+        self.num_cache_hits += len(shared) * allocator.block_size
         return True
 
-    def _preempt_youngest(self) -> None:
-        # Running requests are in order of arrival and decode serves them in that order, so the last
-        # one is in no entry yet.
-        request = self.running.pop()
-        self._release(request)
-        request.num_computed = 0
-        self.waiting.appendleft(request)
-        self.num_preemptions += 1
-        warnings.warn(
-            "the KV cache is full: a request lost its blocks and is computed again. Raise "
-            "num_kv_blocks (or kv_cache_memory_bytes), or lower max_num_seqs.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    def _is_expected_to_fit(self, slot: int, *, num_shared: int) -> bool:
+        """Whether the peak of all running requests and this one is expected to fit.
 
-    def _release(self, request: Request) -> None:
-        self.allocator.free(request.blocks)
-        request.blocks = []
+        ``num_shared`` are blocks that it shares with running ones.
+        """
+        table = self.table
+        slots = np.append(self.running, slot)
+        generated = table.num_known[slots] - table.num_prompt[slots]
+        most = table.limit[slots] - table.num_prompt[slots]
+        remaining = self.lengths.expected(generated, most=most) - generated
+        peak = peak_tokens(
+            table.num_known[slots],
+            np.maximum(remaining, 0),
+            block_size=self.allocator.block_size,
+        )
+        # A block that several share is counted for each of them.
+        num_used = self.allocator.num_usable - self.allocator.num_free
+        repeated = int(table.num_blocks[self.running].sum()) + num_shared - num_used
+        return peak <= (self.allocator.num_usable + repeated) * self.allocator.block_size
+
+    def _names(self, slot: int) -> list[bytes]:
+        """Names of all full blocks of known tokens."""
+        table = self.table
+        names = table.block_names[slot]
+        # Without a prefix cache only the completions of one prompt share blocks.
+        salt = (
+            b"" if self.allocator.keep_unused else table.request(slot).group.to_bytes(8, "little")
+        )
+        known = table.token_ids[slot, : table.num_known[slot]]
+        names += block_hashes(
+            known, block_size=self.allocator.block_size, salt=salt, before=names.copy()
+        )
+        return names
+
+    def _preempt_youngest(self) -> int:
+        youngest = int(self.running[np.argmax(self.table.keys[self.running])])
+        self.running = self.running[self.running != youngest]
+        self.allocator.release(self.table.take_blocks(youngest))
+        self.queued.appendleft(youngest)
+        self.num_preemptions += 1
+        self._num_silent += 1
+        self._log_preemptions()
+        return youngest
+
+    def _log_preemptions(self) -> None:
+        now = time.monotonic()
+        if now - self._last_log < _QUIET_SECONDS:
+            return
+        _LOG.warning(
+            "the KV cache was full: %d of %d running requests lost their blocks and are computed "
+            "again. Raise num_kv_blocks (or kv_cache_memory_bytes), or lower max_num_seqs.",
+            self._num_silent,
+            len(self.running) + len(self.queued),
+        )
+        self._last_log, self._num_silent = now, 0
+
+
+def _fill(pending: Ints, budget: int) -> Ints:
+    """As many of each as fit, in order."""
+    ends = np.minimum(np.cumsum(pending), max(budget, 0))
+    return np.diff(ends, prepend=0)

@@ -1,140 +1,188 @@
-"""The engine's loop, one step at a time: form a batch, run it, sample, and see who is done."""
+"""The engine's loop, one step at a time; the device is always one step ahead of what is known."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.batcher import Batcher
-from nanoflow_compiler.engine.detokenizer import Detokenizer
-from nanoflow_compiler.engine.outputs import TokenDelta
-from nanoflow_compiler.engine.request import FinishReason, Request
+from nanoflow_compiler.engine.messages import EngineRequest, EngineStats, StepOutput
+from nanoflow_compiler.engine.messages import FinishReason
 from nanoflow_compiler.engine.runner import ModelRunner
-from nanoflow_compiler.engine.sampler import sample
-from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.errors import (
-    ConfigError,
-    EmptyPromptError,
-    PromptTooLongError,
-    RequestError,
-)
+from nanoflow_compiler.engine.sampler import Sampled
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.table import Ints, RequestTable
+from nanoflow_compiler.errors import EmptyPromptError, PromptTooLongError, RequestError
 
 __all__ = ["EngineCore"]
 
 
-class EngineCore:
-    """Requests join and leave between steps (continuous batching)."""
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step that was submitted."""
 
-    def __init__(  # noqa: PLR0913 - what an engine is made of
+    batch: Batch
+    sampled: "Future[Sampled]"
+
+
+class EngineCore:
+    """Requests join and leave between steps (continuous batching).
+
+    ``step`` submits step ``i + 1`` before it asks for the tokens of step ``i``, so the device never
+    waits for the host. Ends for length are known in advance; an end token is seen one step late, and
+    what that step sampled for the request is dropped.
+    """
+
+    def __init__(
         self,
         runner: ModelRunner,
         *,
         batcher: Batcher,
-        tokenizer: PreTrainedTokenizerBase | None,
-        eos_token_ids: frozenset[int],
         max_model_len: int,
         vocab_size: int,
-        seed: int = 0,
     ) -> None:
         self.runner = runner
         self.batcher = batcher
-        self.tokenizer = tokenizer
-        self.eos_token_ids = eos_token_ids
+        self.table: RequestTable = batcher.table
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.seed = seed
-        self._num_requests = 0
-        self._requests: dict[int, Request] = {}
-        self._detokenizers: dict[int, Detokenizer] = {}
+        self._under_way: _UnderWay | None = None
+        self._num_steps = 0
 
     @property
     def has_requests(self) -> bool:
-        return self.batcher.has_requests
+        """Whether another step has anything to do."""
+        return self._under_way is not None or self.batcher.has_requests
 
-    def make_request(self, prompt_token_ids: Sequence[int], *, params: SamplingParams) -> Request:
-        """A request that is checked but not yet added."""
-        num_prompt_tokens = len(prompt_token_ids)
-        if not num_prompt_tokens:
-            raise EmptyPromptError("the prompt has no tokens, so there is nothing to continue")
-        room = self.max_model_len - num_prompt_tokens
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that :meth:`check` lets pass."""
+        self.batcher.add(request, limit=self.check(request))
+
+    def check(self, request: EngineRequest) -> int:
+        """The tokens at which the request ends for its length, its prompt included.
+
+        One that could never run is refused with a :class:`RequestError` or :class:`OutOfBlocksError`.
+        """
+        num_prompt = _checked(request.prompt_token_ids, vocab_size=self.vocab_size)
+        room = self.max_model_len - num_prompt
         if room < 1:
             raise PromptTooLongError(
-                f"the prompt has {num_prompt_tokens} tokens, and max_model_len={self.max_model_len} "
+                f"the prompt has {num_prompt} tokens, and max_model_len={self.max_model_len} "
                 "must hold it and at least one more: shorten the prompt or raise max_model_len"
             )
-        if params.stop_strings and self.tokenizer is None:
-            raise ConfigError("stop strings need a tokenizer; use stop_token_ids or pass one")
-        token_ids = _checked(prompt_token_ids, vocab_size=self.vocab_size)
-        self._num_requests += 1
-        request = Request(
-            request_id=self._num_requests,
-            prompt_token_ids=token_ids,
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-            # Without a seed of its own, a request still repeats with the engine's and its number.
-            seed=(self.seed << 32) + self._num_requests if params.seed is None else params.seed,
+        most = request.params.max_tokens
+        limit = num_prompt + (room if most is None else min(room, most))
+        self.batcher.check(num_prompt=num_prompt, limit=limit)
+        return limit
+
+    def abort(self, keys: Sequence[int]) -> None:
+        """Drop requests, wherever they are; what ended already is left alone."""
+        slots = np.flatnonzero(np.isin(self.table.keys, np.array(keys, dtype=np.int64)))
+        for slot in slots.tolist():
+            self.batcher.release(slot)
+        self.batcher.drop_waiting(set(keys))
+
+    def step(self) -> StepOutput | None:
+        """Submit the next step, then tell what the one before it found; None if there was none."""
+        before, self._under_way = self._under_way, self._submit()
+        if before is None:
+            assert self._under_way or not self.batcher.has_requests, "requests wait for nothing"
+            return None
+        return self._collect(before)
+
+    def stats(self) -> EngineStats:
+        """Counts for people and dashboards."""
+        batcher, allocator = self.batcher, self.batcher.allocator
+        return EngineStats(
+            num_running=len(batcher.running),
+            num_waiting=batcher.num_waiting,
+            num_blocks=allocator.num_usable,
+            num_used_blocks=allocator.num_usable - allocator.num_free,
+            num_preemptions=batcher.num_preemptions,
+            num_cache_queries=batcher.num_cache_queries,
+            num_cache_hits=batcher.num_cache_hits,
+            num_steps=self._num_steps,
         )
-        self.batcher.check(request)
-        return request
 
-    def add(self, request: Request) -> None:
-        self.batcher.add(request)
-        self._requests[request.request_id] = request
-        if self.tokenizer is not None:
-            self._detokenizers[request.request_id] = Detokenizer(
-                self.tokenizer, prompt_token_ids=request.prompt_token_ids, params=request.params
-            )
+    def close(self) -> None:
+        """Drop all requests, and release the device."""
+        self.runner.close()
 
-    def abort(self, request_id: int) -> None:
-        """End a request early; one that has ended already is left alone."""
-        if request_id in self._requests:
-            self._finish(self._requests[request_id], reason="abort")
-
-    def step(self) -> list[TokenDelta]:
-        """Advance the requests of one batch."""
+    def _submit(self) -> _UnderWay | None:
         entries = self.batcher.next_batch()
-        if not entries:
-            return []
-        batch = Batch.pack(entries)
-        logits = self.runner.run(self.runner.prepare(batch))
-        if not batch.sampled:
-            return []
-        tokens = sample(logits, batch.sampled, eos_token_ids=self.eos_token_ids).tolist()
-        return [self._append(*pair) for pair in zip(batch.sampled, tokens, strict=True)]
+        if not len(entries):
+            return None
+        self._num_steps += 1
+        batch = Batch.pack(self.table, entries)
+        sampling = self._sampling(batch)
+        return _UnderWay(batch, self.runner.submit(batch, sampling))
 
-    def _append(self, request: Request, token: int) -> TokenDelta:
-        request.token_ids.append(token)
-        reason = self._end_reason(request, token)
-        detokenizer = self._detokenizers.get(request.request_id)
-        if detokenizer:
-            is_hidden = reason == "stop" and not request.params.include_stop_str_in_output
-            if detokenizer.append(token, is_hidden=is_hidden):
-                reason = "stop"
-            elif reason:
-                detokenizer.finish()
-        if reason:
-            self._finish(request, reason=reason)
-        text = detokenizer.text if detokenizer else ""
-        return TokenDelta(request.request_id, token, text, reason)
+    def _sampling(self, batch: Batch) -> SamplingBatch:
+        table = self.table
+        return SamplingBatch.gather(
+            table.sampling,
+            slots=batch.slots,
+            num_prompt_tokens=table.num_prompt[batch.slots],
+            num_output_tokens=batch.counters,
+            block_tables=table.block_tables,
+            block_size=table.block_size,
+        )
 
-    def _end_reason(self, request: Request, token: int) -> FinishReason | None:
-        params = request.params
-        if token in (params.stop_token_ids or ()):
-            return "stop"
-        if token in self.eos_token_ids and not params.ignore_eos:
-            return "stop"
-        return "length" if request.num_output_tokens >= request.max_tokens else None
+    def _collect(self, step: _UnderWay) -> StepOutput:
+        batch, table = step.batch, self.table
+        try:
+            tokens = step.sampled.result().tokens.cpu().numpy()
+        except BaseException:
+            self._under_way = None  # it builds on what failed
+            raise
+        # The others ended, or were aborted, after this step had been submitted.
+        alive = table.keys[batch.slots] == batch.keys
+        slots, tokens = batch.slots[alive], tokens[alive]
+        table.append(slots, tokens)
+        keys = batch.keys[alive]
+        is_first = batch.counters[alive] == 0
+        reasons, stop_reasons = self._ends(slots, tokens)
+        return StepOutput(
+            keys=keys.tolist(),
+            tokens=tokens.tolist(),
+            finish_reasons=reasons,
+            stop_reasons=stop_reasons,
+            num_cached_tokens=dict(
+                zip(
+                    keys[is_first].tolist(), table.num_cached[slots[is_first]].tolist(), strict=True
+                )
+            ),
+        )
 
-    def _finish(self, request: Request, *, reason: FinishReason) -> None:
-        self.batcher.finish(request, reason=reason)
-        del self._requests[request.request_id]
-        self._detokenizers.pop(request.request_id, None)
+    def _ends(self, slots: Ints, tokens: Ints) -> tuple[dict[int, FinishReason], dict[int, int]]:
+        """Release the requests that ended, and say why, by key."""
+        table = self.table
+        is_end = np.isin(tokens, table.eos_token_ids) & ~table.ignores_eos[slots]
+        stop_reasons: dict[int, int] = {}
+        for at in np.flatnonzero(table.has_stop_ids[slots]).tolist():
+            token, slot = int(tokens[at]), int(slots[at])
+            if token in (table.request(slot).params.stop_token_ids or ()):
+                is_end[at] = True
+                stop_reasons[int(table.keys[slot])] = token
+        is_long = table.num_known[slots] >= table.limit[slots]
+        ended = np.flatnonzero(is_end | is_long)
+        reasons: dict[int, FinishReason] = {
+            int(table.keys[slots[at]]): "stop" if is_end[at] else "length" for at in ended.tolist()
+        }
+        gone = slots[ended]
+        self.batcher.lengths.add(table.num_known[gone] - table.num_prompt[gone])
+        for slot in gone.tolist():
+            self.batcher.release(slot)
+        return reasons, stop_reasons
 
 
-def _checked(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
-    """The ids as plain integers; one that the model has no embedding for would end the whole step."""
+def _checked(token_ids: Sequence[int], *, vocab_size: int) -> int:
+    """The number of tokens; one that the model has no embedding for would end the whole step."""
     ids = np.asarray(token_ids)
+    if not ids.size:
+        raise EmptyPromptError("the prompt has no tokens, so there is nothing to continue")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RequestError("prompt_token_ids must be a list of integers")
     low, high = int(ids.min()), int(ids.max())
@@ -143,4 +191,4 @@ def _checked(token_ids: Sequence[int], *, vocab_size: int) -> tuple[int, ...]:
             f"prompt_token_ids holds {low if low < 0 else high}, but the model's tokens are 0 to "
             f"{vocab_size - 1}; use the model's own tokenizer"
         )
-    return tuple(ids.tolist())
+    return len(ids)

@@ -28,6 +28,8 @@ class Detokenizer:
         params: SamplingParams,
     ) -> None:
         self.text = ""
+        self.stop_string: str | None = None
+        """The one that ended the text."""
         self._tokenizer = tokenizer
         self._params = params
         self._tokens = list(prompt_token_ids[-NUM_PREFIX_TOKENS:])
@@ -70,6 +72,7 @@ class Detokenizer:
         if not found:
             return False
         start, length = min(found)
+        self.stop_string = self.text[start : start + length]
         end = start + length if self._params.include_stop_str_in_output else start
         self.text = self.text[:end]
         return True

@@ -25,6 +25,8 @@ class EngineConfig:
     """Usable blocks of 64 tokens; ``None`` leaves it to ``kv_cache_memory_bytes``."""
     kv_cache_memory_bytes: int | None = None
     """``None``: what ``max_num_seqs`` full sequences need, but at most 2 GiB."""
+    enable_prefix_caching: bool = True
+    """Keep the blocks of requests that ended, for prompts that begin alike."""
     seed: int = 0
 
     def __post_init__(self) -> None:

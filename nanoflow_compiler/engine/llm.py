@@ -1,6 +1,6 @@
 """``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,11 @@ from nanoflow_compiler.engine.engine_config import (
     MAX_NUM_SEQS,
     EngineConfig,
 )
-from nanoflow_compiler.engine.outputs import CompletionOutput, RequestOutput, TokenDelta
-from nanoflow_compiler.engine.request import Request
+from nanoflow_compiler.engine.output_processor import Answer, OutputProcessor
+from nanoflow_compiler.engine.outputs import RequestOutput
 from nanoflow_compiler.engine.runner import EagerStep, ModelRunner, StepFn
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.table import RequestTable
 from nanoflow_compiler.errors import ConfigError, EngineClosedError, RequestError
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models import Decoder, load_decoder
@@ -57,6 +58,7 @@ class LLM:
         max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
         seed: int = 0,
         load_format: Literal["auto", "dummy"] = "auto",
         enforce_eager: bool = False,
@@ -75,6 +77,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             num_kv_blocks=num_kv_blocks,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
         if config.max_model_len > served.max_model_len:
@@ -87,6 +90,7 @@ class LLM:
         self.config = config
         self.tokenizer = served.tokenizer
         self._path = served.path
+        self._processor = OutputProcessor(served.tokenizer)
         self._core: EngineCore | None = _make_core(
             packed,
             served=served,
@@ -111,20 +115,43 @@ class LLM:
         core = self._open_core()
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_per_prompt(sampling_params, num_prompts=len(listed))
-        requests = [
-            core.make_request(self._token_ids(prompt), params=one)
-            for prompt, one in zip(listed, params, strict=True)
+        answers = [
+            self._answer(prompt, one, request_id=str(index))
+            for index, (prompt, one) in enumerate(zip(listed, params, strict=True))
         ]
-        ends = {delta.request_id: delta for delta in _run(core, requests)}
-        return [
-            _output(index, prompt, request, ends[request.request_id])
-            for index, (prompt, request) in enumerate(zip(listed, requests, strict=True))
-        ]
+        for answer in answers:
+            for request in answer.requests:
+                core.check(request)
+        self._run(core, answers)
+        return [answer.output() for answer in answers]
+
+    def _answer(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Answer:
+        return self._processor.answer(
+            self._token_ids(prompt),
+            params,
+            request_id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+
+    def _run(self, core: EngineCore, answers: Sequence[Answer]) -> None:
+        """Until all are finished; whatever stops the loop, none is left in the engine."""
+        try:
+            for answer in answers:
+                self._processor.open(answer)
+                for request in answer.requests:
+                    core.add(request)
+            while core.has_requests:
+                if (output := core.step()) is not None:
+                    _, stopped = self._processor.process(output)
+                    core.abort(stopped)
+        finally:
+            for answer in answers:
+                core.abort(self._processor.close(answer))
 
     def close(self) -> None:
         """Give back the KV cache and the programs; a closed engine accepts no more prompts."""
         if self._core is not None:
-            self._core.runner.step.close()
+            self._core.close()
             self._core = None
 
     def __enter__(self) -> Self:
@@ -221,32 +248,35 @@ def _make_core(
     bytes_per_block = BLOCK_SIZE * sum(layer.bytes_per_token for layer in packed.layers)
     usable = config.count_blocks(block_size=BLOCK_SIZE, bytes_per_block=bytes_per_block)
     cache = KVCache.allocate(packed.layers, num_blocks=usable + 1, device=packed.device)
-    allocator = BlockAllocator(usable + 1, block_size=BLOCK_SIZE)
-    return EngineCore(
-        _make_runner(packed, cache=cache, compile_config=compile_config, keep=served.loaded),
-        batcher=Batcher(
-            allocator,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-        ),
-        tokenizer=served.tokenizer,
+    table = RequestTable(
+        num_slots=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        block_size=BLOCK_SIZE,
         eos_token_ids=served.eos_token_ids,
+        seed=config.seed,
+    )
+    allocator = BlockAllocator(
+        usable + 1, block_size=BLOCK_SIZE, keep_unused=config.enable_prefix_caching
+    )
+    step = _make_step(packed, compile_config=compile_config, keep=served.loaded)
+    return EngineCore(
+        ModelRunner(step, cache=cache, num_slots=config.max_num_seqs),
+        batcher=Batcher(table, allocator, max_num_batched_tokens=config.max_num_batched_tokens),
         max_model_len=config.max_model_len,
         vocab_size=served.model.config.get_text_config().vocab_size,
-        seed=config.seed,
     )
 
 
-def _make_runner(
-    packed: PackedDecoder, *, cache: KVCache, compile_config: CompileConfig | None, keep: bool
-) -> ModelRunner:
+def _make_step(
+    packed: PackedDecoder, *, compile_config: CompileConfig | None, keep: bool
+) -> StepFn:
     if compile_config is None:
-        return ModelRunner(EagerStep(packed), cache=cache)
+        return EagerStep(packed)
     # Imported here, because an eager engine needs no compiler.
     from nanoflow_compiler.packed import compile_packed
 
     step: StepFn = compile_packed(packed, compile_config, keep=keep)
-    return ModelRunner(step, cache=cache)
+    return step
 
 
 def _one_per_prompt(
@@ -261,31 +291,3 @@ def _one_per_prompt(
             f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
         )
     return params
-
-
-def _run(core: EngineCore, requests: Sequence[Request]) -> Iterator[TokenDelta]:
-    """The last token of each request; whatever stops the loop, none is left in the engine."""
-    try:
-        for request in requests:
-            core.add(request)
-        while core.has_requests:
-            yield from (delta for delta in core.step() if delta.finish_reason)
-    finally:
-        for request in requests:
-            core.abort(request.request_id)
-
-
-def _output(index: int, prompt: Prompt, request: Request, end: TokenDelta) -> RequestOutput:
-    assert end.finish_reason is not None
-    output = CompletionOutput(
-        index=0,
-        text=end.text,
-        token_ids=tuple(request.token_ids[len(request.prompt_token_ids) :]),
-        finish_reason=end.finish_reason,
-    )
-    return RequestOutput(
-        request_id=str(index),
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=request.prompt_token_ids,
-        outputs=(output,),
-    )

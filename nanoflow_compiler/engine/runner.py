@@ -1,6 +1,7 @@
-"""Runs batches: packs the inputs of the compiled step, fills what its attention reads, calls it."""
+"""Runs batches on the device: inputs, the compiled step, the sampler. Submitted now, asked for later."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,12 +11,17 @@ from torch import Tensor
 
 from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
 from nanoflow_compiler.engine.batch import Batch, Ints
-from nanoflow_compiler.kv_cache import KVCache
+from nanoflow_compiler.engine.sampler import Sampled, sample
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
 
 CutFn = Callable[[int, int], Sequence[int]]
 """Number of tokens and of cells to the cells' offsets: 0, ..., number of tokens."""
+
+Mask = Future[np.ndarray]
+"""Bits ``[S, ceil(V / 32)]`` int32 of the tokens that grammars allow, which may be known later."""
 
 
 class StepFn(Protocol):
@@ -64,65 +70,86 @@ def even_cuts(num_tokens: int, num_cells: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """Everything that a step needs on the device; made while an earlier step may still be running."""
+    """Everything that a step needs on the device but what the step before it samples."""
 
     input_ids: Tensor
+    unknown: Tensor
+    unknown_slots: Tensor
     positions: Tensor
     rows: Tensor
+    slots: Tensor
     cuts: tuple[int, ...]
     state: AttentionState
-    num_sampled: int
+    sampling: SamplingBatch
+    mask: Mask | None
 
 
 class ModelRunner:
-    """Turns a :class:`Batch` into logits: ``run(prepare(batch))``."""
+    """The device: steps run in the order in which they were submitted, one after the other.
+
+    ``submit`` returns at once. The token that a request sampled last stays on the device, by slot,
+    where the next step reads it: nobody has to wait for it in between.
+    """
 
     def __init__(
-        self, step: StepFn, *, cache: KVCache, cut: CutFn = even_cuts, min_rows: int = 1
+        self, step: StepFn, *, cache: KVCache, num_slots: int, cut: CutFn = even_cuts
     ) -> None:
-        """``min_rows`` is the fewest tokens, and rows of logits, that ``step`` was compiled for."""
         self.step = step
         self.cache = cache
         self.cut = cut
-        self.min_rows = min_rows
+        self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=cache.device)
+        self.token_store = torch.zeros(
+            cache.num_blocks * BLOCK_SIZE, dtype=torch.int64, device=cache.device
+        )
+        """The token behind each stored key and value: what penalties look back at."""
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device")
 
-    def prepare(self, batch: Batch) -> PreparedStep:
-        padding = max(self.min_rows - batch.num_tokens, 0)
-        num_tokens = batch.num_tokens + padding
-        cuts = tuple(self.cut(num_tokens, self.step.num_cells))
-        layout = _layout(batch, padding=padding)
-        device = self.cache.device
+    def submit(
+        self, batch: Batch, sampling: SamplingBatch, *, mask: Mask | None = None
+    ) -> "Future[Sampled]":
+        """What the batch samples, when it has; rows of logits are those of ``batch.rows``."""
+        return self._worker.submit(self._run, self._prepare(batch, sampling, mask))
+
+    def close(self) -> None:
+        """Wait for what was submitted, and release the step."""
+        self._worker.shutdown()
+        self.step.close()
+
+    def _prepare(self, batch: Batch, sampling: SamplingBatch, mask: Mask | None) -> PreparedStep:
+        cuts = tuple(self.cut(batch.num_tokens, self.step.num_cells))
+        layout = StepLayout.pack(
+            query_lens=batch.query_lens,
+            context_lens=batch.context_lens,
+            block_tables=batch.block_tables,
+        )
         parts = tuple(
-            layout.part(cuts[first], cuts[last], device=device)
+            layout.part(cuts[first], cuts[last], device=self.cache.device)
             for first, last in self.step.attention_parts
         )
         return PreparedStep(
-            input_ids=_tensor(batch.token_ids, padding=padding, device=device),
-            positions=_tensor(batch.positions, padding=padding, device=device),
-            rows=_tensor(
-                batch.rows, padding=max(self.min_rows - len(batch.rows), 0), device=device
-            ),
+            input_ids=self._tensor(batch.token_ids),
+            unknown=self._tensor(batch.unknown),
+            unknown_slots=self._tensor(batch.unknown_slots),
+            positions=self._tensor(batch.positions),
+            rows=self._tensor(batch.rows),
+            slots=self._tensor(batch.slots),
             cuts=cuts,
             state=AttentionState(self.cache, parts),
-            num_sampled=len(batch.rows),
+            sampling=sampling,
+            mask=mask,
         )
 
+    def _tensor(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.cache.device)
+
     @torch.inference_mode()
-    def run(self, prepared: PreparedStep) -> Tensor:
-        """Logits ``[S, V]`` of the sampled rows."""
+    def _run(self, prepared: PreparedStep) -> Sampled:
+        ids = prepared.input_ids
+        ids[prepared.unknown] = self.last_tokens[prepared.unknown_slots]
+        self.token_store[prepared.state.parts[0].slots] = ids
         with attention_state(prepared.state):
-            logits = self.step(prepared.input_ids, prepared.positions, prepared.rows, prepared.cuts)
-        return logits[: prepared.num_sampled]
-
-
-def _layout(batch: Batch, *, padding: int) -> StepLayout:
-    """Each padding row is a request of one token whose blocks are the scratch block."""
-    return StepLayout.pack(
-        query_lens=np.pad(batch.query_lens, (0, padding), constant_values=1),
-        context_lens=np.pad(batch.context_lens, (0, padding)),
-        block_tables=np.pad(batch.block_tables, ((0, padding), (0, 0))),
-    )
-
-
-def _tensor(values: Ints, *, padding: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.pad(values, (0, padding))).to(device)
+            logits = self.step(ids, prepared.positions, prepared.rows, prepared.cuts)
+        mask = None if prepared.mask is None else torch.from_numpy(prepared.mask.result())
+        sampled = sample(logits, prepared.sampling, token_store=self.token_store, mask=mask)
+        self.last_tokens[prepared.slots] = sampled.tokens
+        return sampled

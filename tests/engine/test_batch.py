@@ -1,37 +1,64 @@
-"""Packing: entries to arrays."""
+"""Packing: the arrays of a step, token by token."""
 
 import numpy as np
 
 from nanoflow_compiler.engine.batch import Batch
-from nanoflow_compiler.engine.batcher import Entry
-from nanoflow_compiler.engine.request import Request
+from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.messages import EngineRequest
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.table import RequestTable
 
 
-def make_request(*tokens, blocks):
-    request = Request(
-        request_id=1, prompt_token_ids=tokens, params=SamplingParams(), max_tokens=4, seed=0
-    )
-    request.blocks = blocks
-    return request
+def make_batcher(*prompts, budget=100):
+    table = RequestTable(num_slots=4, max_model_len=200, block_size=64)
+    allocator = BlockAllocator(20, block_size=64)
+    batcher = Batcher(table, allocator, max_num_batched_tokens=budget)
+    for key, prompt in enumerate(prompts, start=7):
+        request = EngineRequest(
+            key=key,
+            request_id=str(key),
+            prompt_token_ids=prompt,
+            params=SamplingParams(),
+            group=key,
+        )
+        batcher.add(request, limit=200)
+    return batcher
 
 
-def test_pack():
-    decode = make_request(10, 11, 12, blocks=[4, 2])
-    chunk = make_request(20, 21, 22, 23, blocks=[5])
-    last = make_request(30, 31, blocks=[6])
-    batch = Batch.pack([Entry(decode, 2, 1), Entry(chunk, 1, 2), Entry(last, 0, 2)])
-    assert batch.token_ids.tolist() == [12, 21, 22, 30, 31]
-    assert batch.positions.tolist() == [2, 1, 2, 0, 1]
-    assert batch.query_lens.tolist() == [1, 2, 2]
-    assert batch.context_lens.tolist() == [2, 1, 0]
-    assert batch.block_tables.tolist() == [[4, 2], [5, 0], [6, 0]]
-    assert batch.rows.tolist() == [0, 4]
-    assert batch.sampled == (decode, last)
-    assert batch.num_tokens == 5
+def test_prompts_and_then_decode():
+    batcher = make_batcher([5, 6, 7], range(10, 80))
+    first = Batch.pack(batcher.table, batcher.next_batch())
+    assert first.token_ids.tolist() == [5, 6, 7, *range(10, 80)]
+    assert first.positions.tolist() == [*range(3), *range(70)]
+    assert first.query_lens.tolist() == [3, 70]
+    assert first.context_lens.tolist() == [0, 0]
+    assert first.block_tables.tolist() == [[1, 0], [2, 3]]
+    assert first.rows.tolist() == [2, 72]
+    assert first.keys.tolist() == [7, 8]
+    assert first.counters.tolist() == [0, 0]
+    assert not len(first.unknown)
+
+    second = Batch.pack(batcher.table, batcher.next_batch())
+    assert second.positions.tolist() == [3, 70]
+    assert second.unknown.tolist() == [0, 1]
+    assert second.unknown_slots.tolist() == second.slots.tolist()
+    assert second.counters.tolist() == [1, 1]
+
+    batcher.table.append(second.slots, np.array([91, 92]))
+    batcher.table.append(second.slots, np.array([93, 94]))
+    third = Batch.pack(batcher.table, batcher.next_batch())
+    assert third.token_ids.tolist() == [93, 94]
+    assert not len(third.unknown)
 
 
-def test_a_batch_may_sample_nothing():
-    batch = Batch.pack([Entry(make_request(1, 2, 3, blocks=[1]), 0, 2)])
-    assert batch.rows.shape == (0,)
-    assert batch.rows.dtype == np.int64
+def test_a_prompt_in_pieces():
+    batcher = make_batcher(range(50), budget=20)
+    pieces = [Batch.pack(batcher.table, batcher.next_batch()) for _ in range(3)]
+    assert [piece.token_ids.tolist() for piece in pieces] == [
+        list(range(20)),
+        list(range(20, 40)),
+        list(range(40, 50)),
+    ]
+    assert [piece.context_lens.tolist() for piece in pieces] == [[0], [20], [40]]
+    assert [piece.rows.tolist() for piece in pieces] == [[], [], [9]]

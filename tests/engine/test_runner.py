@@ -1,7 +1,10 @@
-"""The runner: cuts anywhere give what one call gives; padding leaves no trace."""
+"""The runner: steps in order, nobody waits; cuts anywhere give what one call gives."""
 
 import itertools
+import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +12,9 @@ from hypothesis import strategies as st
 
 from nanoflow_compiler import ops
 from nanoflow_compiler.engine.batch import Batch
-from nanoflow_compiler.engine.batcher import Entry
-from nanoflow_compiler.engine.request import Request
 from nanoflow_compiler.engine.runner import EagerStep, ModelRunner, even_cuts
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.sampling_columns import SamplingColumns
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.kv_cache import KVCache
 from nanoflow_compiler.models.hf import PackedDecoder
@@ -47,40 +50,97 @@ class CutAttention:
         return self.model(input_ids, positions, rows)
 
 
-def make_entries(lengths):
-    """Requests with (tokens before, tokens now), in blocks of their own."""
-    entries, block = [], 1
-    for number, (context, new) in enumerate(lengths):
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.randint(3, 128, (context + new,), generator=generator).tolist()
-        request = Request(
-            request_id=number,
-            prompt_token_ids=tokens,
-            params=SamplingParams(),
-            max_tokens=1,
-            seed=0,
-        )
-        count = -(-len(tokens) // 64)
-        request.blocks = list(range(block, block + count))
+def make_batches(lengths):
+    """Requests with (tokens before, tokens now): what was computed before, and what is now."""
+    contexts, news = zip(*lengths, strict=True)
+    tokens = [
+        torch.randint(3, 128, (sum(both),), generator=torch.Generator().manual_seed(number)).numpy()
+        for number, both in enumerate(lengths)
+    ]
+    counts = [-(-sum(both) // 64) for both in lengths]
+    tables = np.zeros((len(lengths), max(counts)), dtype=np.int64)
+    block = 1
+    for row, count in enumerate(counts):
+        tables[row, :count] = range(block, block + count)
         block += count
-        entries.append((Entry(request, 0, context), Entry(request, context, new)))
-    return entries
+    zeros = [0] * len(lengths)
+    return make_batch(tokens, tables, zeros, contexts), make_batch(tokens, tables, contexts, news)
+
+
+def make_batch(tokens, tables, starts, counts):
+    """The tokens of those that have any, the last row of each sampled."""
+    kept = [row for row, count in enumerate(counts) if count]
+    starts, counts = np.array(starts)[kept], np.array(counts)[kept]
+    pieces = [
+        tokens[row][start : start + count]
+        for row, start, count in zip(kept, starts, counts, strict=True)
+    ]
+    positions = [
+        np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)
+    ]
+    none = np.zeros(0, dtype=np.int64)
+    return Batch(
+        token_ids=np.concatenate([none, *pieces]),
+        unknown=none,
+        unknown_slots=none,
+        positions=np.concatenate([none, *positions]),
+        query_lens=counts,
+        context_lens=starts,
+        block_tables=tables[kept],
+        rows=np.cumsum(counts) - 1,
+        slots=np.array(kept),
+        keys=np.array(kept),
+        counters=np.zeros(len(kept), dtype=np.int64),
+    )
+
+
+def plain_sampling(num_rows):
+    """Greedy rows."""
+    columns = SamplingColumns.allocate(num_rows)
+    for slot in range(num_rows):
+        columns.put(slot, SamplingParams(temperature=0), seed=0, eos_token_ids=())
+    return SamplingBatch.gather(
+        columns,
+        slots=np.arange(num_rows),
+        num_prompt_tokens=np.ones(num_rows, dtype=np.int64),
+        num_output_tokens=np.zeros(num_rows, dtype=np.int64),
+        block_tables=np.zeros((num_rows, 1), dtype=np.int32),
+        block_size=64,
+    )
+
+
+class Recorded:
+    """A step that keeps its logits."""
+
+    def __init__(self, step):
+        self.step = step
+        self.attention_parts, self.num_cells = step.attention_parts, step.num_cells
+
+    def __call__(self, *arguments):
+        self.logits = self.step(*arguments)
+        return self.logits
+
+    def close(self):
+        self.step.close()
+
+
+def make_runner(step, packed, **settings):
+    cache = KVCache.allocate(packed.layers, num_blocks=24)
+    return ModelRunner(Recorded(step), cache=cache, num_slots=8, **settings)
 
 
 def run(runner, lengths):
-    entries = make_entries(lengths)
-    if before := [first for first, _ in entries if first.num_tokens]:
-        runner.run(runner.prepare(Batch.pack(before)))
-    return runner.run(runner.prepare(Batch.pack([second for _, second in entries])))
+    """The logits of the second batch."""
+    before, now = make_batches(lengths)
+    for batch in (before, now):
+        if batch.num_tokens:
+            runner.submit(batch, plain_sampling(len(batch.rows))).result()
+    return runner.step.logits
 
 
 @pytest.fixture(scope="module")
 def packed():
     return PackedDecoder(BUILDERS["mistral"](), max_length=256)
-
-
-def make_cache(packed):
-    return KVCache.allocate(packed.layers, num_blocks=24)
 
 
 @settings(max_examples=25, deadline=None)
@@ -89,7 +149,7 @@ def make_cache(packed):
     where=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_every_cut_reproduces_the_whole(packed, lengths, where):
-    expected = run(ModelRunner(EagerStep(packed), cache=make_cache(packed)), lengths)
+    expected = run(make_runner(EagerStep(packed), packed), lengths)
 
     def cut(num_tokens, num_cells):
         assert num_cells == NUM_CELLS
@@ -97,27 +157,56 @@ def test_every_cut_reproduces_the_whole(packed, lengths, where):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         step = CutAttention(packed, monkeypatch)
-        actual = run(ModelRunner(step, cache=make_cache(packed), cut=cut), lengths)
+        actual = run(make_runner(step, packed, cut=cut), lengths)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", [[(5, 1)], [(0, 1)], [(63, 1)], [(0, 3), (4, 1)]])
-def test_padding_leaves_no_trace(packed, lengths):
-    plain = ModelRunner(EagerStep(packed), cache=make_cache(packed))
-    padded = ModelRunner(EagerStep(packed), cache=make_cache(packed), min_rows=8)
-    torch.testing.assert_close(run(padded, lengths), run(plain, lengths), rtol=1e-4, atol=1e-5)
-    for mine, other in zip(padded.cache.keys, plain.cache.keys, strict=True):
-        torch.testing.assert_close(mine[1:], other[1:], rtol=1e-4, atol=1e-5)
-        assert not other[0].any()
-
-
-def test_a_step_that_samples_nothing_still_stores_keys(packed):
-    runner = ModelRunner(EagerStep(packed), cache=make_cache(packed), min_rows=2)
-    (_, entry), *_ = make_entries([(0, 6)])
-    chunk = Batch.pack([Entry(entry.request, 0, 4)])
-    assert runner.run(runner.prepare(chunk)).shape[0] == 0
+def test_a_step_that_samples_nothing_still_stores_keys_and_tokens(packed):
+    runner = make_runner(EagerStep(packed), packed)
+    _, batch = make_batches([(0, 4)])
+    chunk = replace(batch, rows=batch.rows[:0], slots=batch.slots[:0], keys=batch.keys[:0])
+    sampled = runner.submit(chunk, plain_sampling(0)).result()
+    assert sampled.tokens.shape == (0,)
     assert runner.cache.keys[0][1, :4].any(-1).all()
     assert not runner.cache.keys[0][1, 4:].any()
+    assert runner.token_store[64:68].tolist() == batch.token_ids.tolist()
+
+
+def test_the_last_token_of_a_slot_is_read_on_the_device(packed):
+    runner = make_runner(EagerStep(packed), packed)
+    _, prompt = make_batches([(0, 5)])
+    first = runner.submit(prompt, plain_sampling(1))
+    _, decode = make_batches([(5, 1)])
+    unknown = replace(decode, unknown=np.array([0]), unknown_slots=decode.slots)
+    second = runner.submit(unknown, plain_sampling(1)).result()
+    known = replace(decode, token_ids=first.result().tokens.numpy())
+    expected = runner.submit(known, plain_sampling(1)).result()
+    assert second.tokens.tolist() == expected.tokens.tolist()
+    assert runner.token_store[64 + 5] == first.result().tokens[0]
+
+
+def test_steps_run_in_order_and_nobody_waits(packed):
+    gate, order = threading.Event(), []
+
+    def step(*arguments):
+        gate.wait(10)
+        order.append(len(arguments[0]))
+        return packed(*arguments[:3])
+
+    runner = make_runner(EagerStep(step), packed)
+    runner.step.step = step
+    futures = []
+    for size in (3, 2, 1):
+        _, batch = make_batches([(0, size)])
+        futures.append(runner.submit(batch, plain_sampling(1)))
+    assert not any(future.done() for future in futures)
+    gate.set()
+    for future in futures:
+        future.result()
+    assert order == [3, 2, 1]
+    runner.step.close = lambda: order.append("closed")
+    runner.close()
+    assert order[-1] == "closed"
 
 
 def test_even_cuts():

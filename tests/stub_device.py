@@ -1,0 +1,58 @@
+"""Devices without a model, which read what a step is given as a model would."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+PRIME = 1_000_003
+
+
+def next_token(tokens, *, vocab_size):
+    """What :class:`StubDevice` finds after these tokens."""
+    state = 7
+    for token in tokens:
+        state = (state * PRIME + int(token)) % 2**31
+    return state % vocab_size
+
+
+class StubDevice:
+    """The next token depends on every token that the blocks of a request hold.
+
+    A block that two requests write, that is read before it is written, or that is given away too
+    early, thus shows as a wrong token.
+    """
+
+    def __init__(self, *, block_size, vocab_size):
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.last = {}
+        self.store = {}
+        self.batches = []
+
+    def submit(self, batch, sampling):
+        assert len(sampling.temperature) == len(batch.rows)
+        self.batches.append(batch)
+        ids = batch.token_ids.copy()
+        ids[batch.unknown] = [self.last[slot] for slot in batch.unknown_slots.tolist()]
+        owners = np.repeat(np.arange(len(batch.query_lens)), batch.query_lens)
+        for owner, position, token in zip(owners, batch.positions, ids, strict=True):
+            self.store[self.place(batch, owner, position)] = int(token)
+        tokens = [self.sample(batch, owners[row], batch.positions[row]) for row in batch.rows]
+        self.last.update(zip(batch.slots.tolist(), tokens, strict=True))
+        future = Future()
+        future.set_result(SimpleNamespace(tokens=torch.tensor(tokens, dtype=torch.int64)))
+        return future
+
+    def place(self, batch, owner, position):
+        block = int(batch.block_tables[owner, position // self.block_size])
+        assert block > 0, "the scratch block was read or written"
+        return block * self.block_size + int(position) % self.block_size
+
+    def sample(self, batch, owner, position):
+        places = (self.place(batch, owner, at) for at in range(int(position) + 1))
+        return next_token([self.store[place] for place in places], vocab_size=self.vocab_size)
+
+    def close(self):
+        pass
