@@ -111,6 +111,8 @@ class LLM:
         core = self._open_core()
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_per_prompt(sampling_params, num_prompts=len(listed))
+        for one in params:
+            _check_honoured(one)
         requests = [
             core.make_request(self._token_ids(prompt), params=one)
             for prompt, one in zip(listed, params, strict=True)
@@ -261,6 +263,27 @@ def _one_per_prompt(
             f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
         )
     return params
+
+
+_PLAIN = SamplingParams()
+_NOT_HONOURED = (
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "prompt_logprobs",
+    "structured_outputs",
+)
+
+
+def _check_honoured(params: SamplingParams) -> None:
+    for name in _NOT_HONOURED:
+        value = getattr(params, name)
+        if value != getattr(_PLAIN, name):
+            hint = "repeat the prompt instead" if name == "n" else "leave it out"
+            raise ConfigError(f"{name}={value!r}: LLM does not offer this yet; {hint}")
 
 
 def _run(core: EngineCore, requests: Sequence[Request]) -> Iterator[TokenDelta]:
