@@ -11,7 +11,7 @@ from nanoflow_compiler.engine.detokenizer import Detokenizer
 from nanoflow_compiler.engine.outputs import TokenDelta
 from nanoflow_compiler.engine.request import FinishReason, Request
 from nanoflow_compiler.engine.runner import ModelRunner
-from nanoflow_compiler.engine.sampler import sample
+from nanoflow_compiler.engine.sampler import sample_requests
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.errors import (
     ConfigError,
@@ -100,7 +100,7 @@ class EngineCore:
         logits = self.runner.run(self.runner.prepare(batch))
         if not batch.sampled:
             return []
-        tokens = sample(logits, batch.sampled, eos_token_ids=self.eos_token_ids).tolist()
+        tokens = sample_requests(logits, batch.sampled, eos_token_ids=self.eos_token_ids).tolist()
         return [self._append(*pair) for pair in zip(batch.sampled, tokens, strict=True)]
 
     def _append(self, request: Request, token: int) -> TokenDelta:
