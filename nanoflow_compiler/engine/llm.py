@@ -283,7 +283,7 @@ def _check_honoured(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value != getattr(_PLAIN, name):
             hint = "repeat the prompt instead" if name == "n" else "leave it out"
-            raise ConfigError(f"{name}={value!r}: LLM does not offer this yet; {hint}")
+            raise ConfigError(f"{name}={value!r:.80}: LLM does not offer this yet; {hint}")
 
 
 def _run(core: EngineCore, requests: Sequence[Request]) -> Iterator[TokenDelta]:

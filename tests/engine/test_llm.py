@@ -5,6 +5,7 @@ import torch
 
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.structured import StructuredOutputsParams
 from nanoflow_compiler.errors import (
     ConfigError,
     EmptyPromptError,
@@ -153,6 +154,24 @@ def test_prompts_are_checked_before_any_runs(llm):
     with pytest.raises(ConfigError, match="2 sampling_params for 1 prompts"):
         llm.generate(["fine"], [GREEDY, GREEDY])
     assert not llm._core.has_requests
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"n": 2},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+        {"structured_outputs": StructuredOutputsParams(regex="a" * 200)},
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(llm, asked):
+    with pytest.raises(ConfigError, match=f"{next(iter(asked))}=.*LLM does not offer this yet"):
+        llm.generate("a", SamplingParams(**asked))
 
 
 def test_an_error_inside_a_step_leaves_no_request_behind(llm, monkeypatch):
