@@ -42,7 +42,9 @@ class StubDevice:
         tokens = [self.sample(batch, owners[row], batch.positions[row]) for row in batch.rows]
         self.last.update(zip(batch.slots.tolist(), tokens, strict=True))
         future = Future()
-        future.set_result(SimpleNamespace(tokens=torch.tensor(tokens, dtype=torch.int64)))
+        future.set_result(
+            SimpleNamespace(tokens=torch.tensor(tokens, dtype=torch.int64), logprobs=None)
+        )
         return future
 
     def place(self, batch, owner, position):

@@ -153,7 +153,8 @@ class Batcher:
             table.num_named[slot] = end
 
     def _pending(self, slots: Ints) -> Ints:
-        return self.table.num_scheduled[slots] - self.table.num_computed[slots]
+        pending: Ints = self.table.num_scheduled[slots] - self.table.num_computed[slots]
+        return pending
 
     def _advance(self, slots: Ints, counts: Ints) -> Entries:
         """The entries of those that have a count above zero."""
@@ -173,7 +174,7 @@ class Batcher:
         pending = self._pending(self.running)
         # A request that will have all its tokens when the running step ends computes no more.
         unfinished = self.table.num_scheduled[self.running] < self.table.limit[self.running]
-        slots = self.running[(pending == 1) & unfinished]
+        slots: Ints = self.running[(pending == 1) & unfinished]
         if len(slots) > self.max_num_batched_tokens:
             slots = slots[: self.max_num_batched_tokens]
             self.running = np.roll(self.running, -self.max_num_batched_tokens)
@@ -183,14 +184,16 @@ class Batcher:
             short = slots[position >= table.num_blocks[slots] * table.block_size]
             if len(short) <= self.allocator.num_free:
                 break
-            slots = slots[slots != self._preempt_youngest()]
+            preempted = self._preempt_youngest()
+            slots = slots[slots != preempted]
         for slot, block in zip(short.tolist(), self.allocator.allocate(len(short)), strict=True):
             table.give_blocks(slot, [block])
         return slots
 
     def _prefills(self) -> Ints:
         """Slots of prompts that were begun."""
-        return self.running[self._pending(self.running) > 1]
+        begun: Ints = self.running[self._pending(self.running) > 1]
+        return begun
 
     def _admit(self, budget: int) -> Iterator[Entries]:
         """Requests that were in line, until the budget is full.

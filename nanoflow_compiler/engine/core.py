@@ -1,20 +1,28 @@
 """The engine's loop, one step at a time; the device is always one step ahead of what is known."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.batcher import Batcher
-from nanoflow_compiler.engine.messages import EngineRequest, EngineStats, StepOutput
-from nanoflow_compiler.engine.messages import FinishReason
+from nanoflow_compiler.engine.messages import (
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    StepOutput,
+    TokenLogprobs,
+)
 from nanoflow_compiler.engine.runner import ModelRunner
 from nanoflow_compiler.engine.sampler import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
-from nanoflow_compiler.engine.table import Ints, RequestTable
+from nanoflow_compiler.engine.table import EMPTY, Ints, RequestTable
 from nanoflow_compiler.errors import EmptyPromptError, PromptTooLongError, RequestError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["EngineCore"]
 
@@ -24,6 +32,7 @@ class _UnderWay:
     """A step that was submitted."""
 
     batch: Batch
+    sampling: SamplingBatch
     sampled: "Future[Sampled]"
 
 
@@ -117,7 +126,7 @@ class EngineCore:
         self._num_steps += 1
         batch = Batch.pack(self.table, entries)
         sampling = self._sampling(batch)
-        return _UnderWay(batch, self.runner.submit(batch, sampling))
+        return _UnderWay(batch, sampling, self.runner.submit(batch, sampling))
 
     def _sampling(self, batch: Batch) -> SamplingBatch:
         table = self.table
@@ -133,7 +142,8 @@ class EngineCore:
     def _collect(self, step: _UnderWay) -> StepOutput:
         batch, table = step.batch, self.table
         try:
-            tokens = step.sampled.result().tokens.cpu().numpy()
+            sampled = step.sampled.result()
+            tokens = sampled.tokens.cpu().numpy()
         except BaseException:
             self._under_way = None  # it builds on what failed
             raise
@@ -142,6 +152,7 @@ class EngineCore:
         slots, tokens = batch.slots[alive], tokens[alive]
         table.append(slots, tokens)
         keys = batch.keys[alive]
+        logprobs = _logprobs(sampled, step.sampling, keys=np.where(alive, batch.keys, EMPTY))
         is_first = batch.counters[alive] == 0
         reasons, stop_reasons = self._ends(slots, tokens)
         return StepOutput(
@@ -149,6 +160,7 @@ class EngineCore:
             tokens=tokens.tolist(),
             finish_reasons=reasons,
             stop_reasons=stop_reasons,
+            logprobs=logprobs,
             num_cached_tokens=dict(
                 zip(
                     keys[is_first].tolist(), table.num_cached[slots[is_first]].tolist(), strict=True
@@ -192,3 +204,25 @@ def _checked(token_ids: Sequence[int], *, vocab_size: int) -> int:
             f"{vocab_size - 1}; use the model's own tokenizer"
         )
     return len(ids)
+
+
+def _logprobs(sampled: Sampled, sampling: SamplingBatch, *, keys: Ints) -> dict[int, TokenLogprobs]:
+    """Of the rows that ask for them and still have a key."""
+    rows = np.flatnonzero((sampling.num_logprobs >= 0) & (keys != EMPTY)).tolist()
+    if sampled.logprobs is None or not rows:
+        return {}
+    ids, values, ranks = (
+        tensor.cpu().numpy()
+        for tensor in (
+            sampled.logprobs.token_ids,
+            sampled.logprobs.logprobs,
+            sampled.logprobs.ranks,
+        )
+    )
+    counts = sampling.num_logprobs + 1
+    return {
+        int(keys[row]): TokenLogprobs(
+            ids[row, : counts[row]].tolist(), values[row, : counts[row]].tolist(), int(ranks[row])
+        )
+        for row in rows
+    }

@@ -5,7 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +18,6 @@ __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_
 
 CutFn = Callable[[int, int], Sequence[int]]
 """Number of tokens and of cells to the cells' offsets: 0, ..., number of tokens."""
-
-Mask = Future[np.ndarray]
-"""Bits ``[S, ceil(V / 32)]`` int32 of the tokens that grammars allow, which may be known later."""
 
 
 class StepFn(Protocol):
@@ -81,7 +77,6 @@ class PreparedStep:
     cuts: tuple[int, ...]
     state: AttentionState
     sampling: SamplingBatch
-    mask: Mask | None
 
 
 class ModelRunner:
@@ -104,18 +99,16 @@ class ModelRunner:
         """The token behind each stored key and value: what penalties look back at."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device")
 
-    def submit(
-        self, batch: Batch, sampling: SamplingBatch, *, mask: Mask | None = None
-    ) -> "Future[Sampled]":
+    def submit(self, batch: Batch, sampling: SamplingBatch) -> "Future[Sampled]":
         """What the batch samples, when it has; rows of logits are those of ``batch.rows``."""
-        return self._worker.submit(self._run, self._prepare(batch, sampling, mask))
+        return self._worker.submit(self._run, self._prepare(batch, sampling))
 
     def close(self) -> None:
         """Wait for what was submitted, and release the step."""
         self._worker.shutdown()
         self.step.close()
 
-    def _prepare(self, batch: Batch, sampling: SamplingBatch, mask: Mask | None) -> PreparedStep:
+    def _prepare(self, batch: Batch, sampling: SamplingBatch) -> PreparedStep:
         cuts = tuple(self.cut(batch.num_tokens, self.step.num_cells))
         layout = StepLayout.pack(
             query_lens=batch.query_lens,
@@ -136,7 +129,6 @@ class ModelRunner:
             cuts=cuts,
             state=AttentionState(self.cache, parts),
             sampling=sampling,
-            mask=mask,
         )
 
     def _tensor(self, values: Ints) -> Tensor:
@@ -149,7 +141,6 @@ class ModelRunner:
         self.token_store[prepared.state.parts[0].slots] = ids
         with attention_state(prepared.state):
             logits = self.step(ids, prepared.positions, prepared.rows, prepared.cuts)
-        mask = None if prepared.mask is None else torch.from_numpy(prepared.mask.result())
-        sampled = sample(logits, prepared.sampling, token_store=self.token_store, mask=mask)
+        sampled = sample(logits, prepared.sampling, token_store=self.token_store, mask=None)
         self.last_tokens[prepared.slots] = sampled.tokens
         return sampled

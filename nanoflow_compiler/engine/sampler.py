@@ -1,10 +1,11 @@
-"""Chooses the next token of every request of a step, all rows at once.
+"""Chooses the next token of every request of a step, all rows at once and on their device.
 
 A token is a function of its logits, the request's seed and the token's number in the output: the
 uniform number that picks it comes from a counter, not from a generator that other requests advance.
+Which rows need which work is known on the host, so nothing here waits for the device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,26 +13,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoflow_compiler.engine.request import Request
+from nanoflow_compiler.engine.draw import Draw, draw
+from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_logprobs
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.upload import upload
 
-__all__ = ["sample", "uniform"]
+__all__ = ["Sampled", "sample", "uniform"]
 
 Unsigned = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
 
 
-def sample(logits: Tensor, requests: Sequence[Request], *, eos_token_ids: Iterable[int]) -> Tensor:
-    """The next token ``[S]`` of each request from its row of ``logits``, which are left unchanged."""
-    logits = _without_early_end(logits, requests, eos_token_ids=frozenset(eos_token_ids))
-    chosen = logits.argmax(-1)
-    random = [row for row, request in enumerate(requests) if not request.params.is_greedy]
-    # Apart, because only a truncated distribution has to be sorted.
-    truncated = [row for row in random if _is_truncated(requests[row])]
-    whole = [row for row in random if not _is_truncated(requests[row])]
-    for rows, draw in ((truncated, _draw_truncated), (whole, _draw_whole)):
-        if rows:
-            settings = _Settings.of([requests[row] for row in rows], device=logits.device)
-            chosen[rows] = draw(logits[rows], settings)
-    return chosen
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens ``[S]`` of a step, on the device; rows without logprobs hold zeros there."""
+
+    tokens: Tensor
+    logprobs: TopLogprobs | None
+
+
+def sample(
+    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: Tensor | None
+) -> Sampled:
+    """Choose from ``logits [S, V]`` (float32), which are left unchanged.
+
+    ``token_store`` holds the token of every slot of the KV cache. ``mask [S, V / 32]`` has one bit
+    for each token in 32-bit words, as xgrammar writes them; the bit of a token that may come is 1.
+    """
+    changed = _changed(logits, batch, token_store=token_store, mask=mask)
+    tokens = _chosen(changed, batch)
+    return Sampled(tokens, _logprobs(logits, tokens, batch=batch))
 
 
 def uniform(seeds: Unsigned, counters: Unsigned) -> npt.NDArray[np.float64]:
@@ -47,90 +58,140 @@ def _splitmix(x: Unsigned) -> Unsigned:
     return x ^ (x >> np.uint64(31))
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """The sampling parameters of some rows as columns ``[rows, 1]``."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    uniform: Tensor
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], *, device: torch.device) -> "_Settings":
-        def column(values: object) -> Tensor:
-            return torch.as_tensor(values, device=device)[:, None]
-
-        params = [request.params for request in requests]
-        seeds = np.array([request.seed % 2**64 for request in requests], dtype=np.uint64)
-        counters = np.array([request.num_output_tokens for request in requests], dtype=np.uint64)
-        return cls(
-            temperature=column([p.temperature for p in params]),
-            top_k=column([p.top_k for p in params]),
-            top_p=column([p.top_p for p in params]),
-            min_p=column([p.min_p for p in params]),
-            uniform=column(uniform(seeds, counters)),
-        )
-
-
-def _is_truncated(request: Request) -> bool:
-    return request.params.top_k > 0 or request.params.top_p < 1
-
-
-def _draw_whole(logits: Tensor, settings: _Settings) -> Tensor:
-    probabilities = _probabilities(logits, settings)
-    return _invert(probabilities, settings.uniform)
-
-
-def _draw_truncated(logits: Tensor, settings: _Settings) -> Tensor:
-    num_tokens = logits.shape[-1]
-    limits = torch.where(settings.top_k > 0, settings.top_k, num_tokens).clamp(max=num_tokens)
-    ordered, token_ids = logits.topk(int(limits.max()), dim=-1)
-    probabilities = _probabilities(ordered, settings)
-    probabilities = probabilities.masked_fill(
-        torch.arange(ordered.shape[-1], device=logits.device) >= limits, 0.0
-    )
-    before = probabilities.cumsum(-1) - probabilities
-    beyond = before >= settings.top_p * probabilities.sum(-1, keepdim=True)
-    # The most likely token stays, however small top_p is.
-    beyond[:, 0] = False
-    index = _invert(probabilities.masked_fill(beyond, 0.0), settings.uniform)
-    return token_ids.gather(-1, index[:, None])[:, 0]
-
-
-def _probabilities(logits: Tensor, settings: _Settings) -> Tensor:
-    """In float64, so that the sums that invert them are exact enough; not normalised after min_p."""
-    # Shifted first, because logits over a tiny temperature overflow.
-    shifted = (logits - logits.amax(-1, keepdim=True)).double() / settings.temperature
-    probabilities = shifted.softmax(-1)
-    least = settings.min_p * probabilities.amax(-1, keepdim=True)
-    return probabilities.masked_fill(probabilities < least, 0.0)
-
-
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The index where the running sum passes the fraction ``uniform`` of the total."""
-    sums = probabilities.cumsum(-1)
-    index = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0]
-    # Rounding may put the fraction at the total, past the last token that has any weight.
-    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(index, last)
-
-
-def _without_early_end(
-    logits: Tensor, requests: Sequence[Request], *, eos_token_ids: frozenset[int]
+def _changed(
+    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Bar the tokens that would end a request before its ``min_tokens``."""
-    barred = [
-        (row, token)
-        for row, request in enumerate(requests)
-        if request.num_output_tokens < request.params.min_tokens
-        for token in eos_token_ids.union(request.params.stop_token_ids or ())
-        if 0 <= token < logits.shape[-1]
-    ]
-    if not barred:
+    """The logits after mask, bias, bars and penalties, in the order of vLLM."""
+    few = (batch.bias_rows, batch.barred_rows, batch.penalty_rows)
+    if mask is None and not any(map(len, few)):
         return logits
-    rows, tokens = zip(*barred, strict=True)
     logits = logits.clone()
-    logits[rows, tokens] = -torch.inf
+    if mask is not None:
+        _apply_mask(logits, mask)
+    if len(batch.bias_rows):
+        _add_bias(logits, batch)
+    if len(batch.barred_rows):
+        _bar(logits, batch)
+    if len(batch.penalty_rows):
+        _penalise(logits, batch, token_store=token_store)
     return logits
+
+
+def _apply_mask(logits: Tensor, mask: Tensor) -> None:
+    num_tokens = logits.shape[-1]
+    assert mask.shape[-1] * 32 >= num_tokens
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    size = max(1, MAX_ELEMENTS // num_tokens)
+    for part, words in zip(logits.split(size), mask.split(size), strict=True):
+        bits = (words[:, :, None] >> shifts) & 1
+        part.masked_fill_(bits.flatten(1)[:, :num_tokens] == 0, -torch.inf)
+
+
+def _add_bias(logits: Tensor, batch: SamplingBatch) -> None:
+    rows, tokens, values = upload(
+        (batch.bias_rows, batch.bias_tokens, batch.bias_values), device=logits.device
+    )
+    logits[rows, tokens] += values
+
+
+def _bar(logits: Tensor, batch: SamplingBatch) -> None:
+    known = (batch.barred_tokens >= 0) & (batch.barred_tokens < logits.shape[-1])
+    rows, tokens = upload(
+        (batch.barred_rows[known], batch.barred_tokens[known]), device=logits.device
+    )
+    logits.view(-1).index_fill_(0, rows * logits.shape[-1] + tokens, -torch.inf)
+
+
+def _penalise(logits: Tensor, batch: SamplingBatch, *, token_store: Tensor) -> None:
+    """By what each row holds; a token that it holds often is written as often, with one value."""
+    of_history = batch.penalty_rows[batch.history_rows]
+    slots, rows, places, is_output, repetition, presence, frequency = upload(
+        (
+            batch.history_slots,
+            of_history,
+            batch.history_rows,
+            batch.history_is_output.astype(np.int32),
+            batch.repetition[of_history],
+            batch.presence[of_history],
+            batch.frequency[of_history],
+        ),
+        device=logits.device,
+    )
+    num_tokens = logits.shape[-1]
+    tokens = token_store[slots].long()
+    index = places * num_tokens + tokens
+    counts = is_output.new_zeros(len(batch.penalty_rows) * num_tokens)
+    number = counts.scatter_add_(0, index, is_output)[index]
+    values = logits[rows, tokens]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= frequency * number
+    values -= presence * (number > 0)
+    logits[rows, tokens] = values
+
+
+def _chosen(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    is_greedy = batch.is_greedy
+    if is_greedy.all():
+        return logits.argmax(-1)
+    tokens = logits.argmax(-1) if is_greedy.any() else torch.zeros_like(logits[:, 0]).long()
+    groups = list(_groups(batch, num_tokens=logits.shape[-1]))
+    rows = np.concatenate([rows for rows, _ in groups])
+    there = upload((rows, *_draw_columns(batch, rows, logits.shape[-1])), device=logits.device)
+    begin = 0
+    for group, num_ordered in groups:
+        part = slice(begin, begin := begin + len(group))
+        index, *columns = (column[part] for column in there)
+        settings = Draw(*(column[:, None] for column in columns))
+        tokens.index_copy_(0, index, draw(logits[index], settings, num_ordered=num_ordered))
+    return tokens
+
+
+def _groups(batch: SamplingBatch, *, num_tokens: int) -> Iterator[tuple[Rows, int]]:
+    """Rows that are drawn alike and fit in memory together, and how many tokens they put in order."""
+    is_random = ~batch.is_greedy
+    has_top_k = (batch.top_k > 0) & (batch.top_k < num_tokens)
+    has_top_p = batch.top_p < 1
+    whole = np.flatnonzero(is_random & ~has_top_k & ~has_top_p)
+    few = np.flatnonzero(is_random & has_top_k)
+    all_ordered = np.flatnonzero(is_random & ~has_top_k & has_top_p)
+    size = max(1, MAX_ELEMENTS // num_tokens)
+    for rows, count in ((whole, 0), (few, None), (all_ordered, num_tokens)):
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, int(batch.top_k[part].max()) if count is None else count
+
+
+def _draw_columns(
+    batch: SamplingBatch, rows: Rows, num_tokens: int
+) -> tuple[npt.NDArray[np.generic], ...]:
+    """The fields of :class:`Draw` for these rows."""
+    top_k = batch.top_k[rows]
+    with np.errstate(divide="ignore"):
+        least = np.log(batch.min_p[rows])
+    return (
+        batch.temperature[rows],
+        least,
+        np.where(top_k > 0, np.minimum(top_k, num_tokens), num_tokens),
+        batch.top_p[rows].astype(np.float64),
+        uniform(batch.seeds[rows], batch.counters[rows]),
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, *, batch: SamplingBatch) -> TopLogprobs | None:
+    asking = np.flatnonzero(batch.num_logprobs >= 0)
+    if not len(asking):
+        return None
+    num = int(batch.num_logprobs[asking].max())
+    if len(asking) == batch.num_rows:
+        return top_logprobs(logits, tokens, num=num)
+    (rows,) = upload((asking,), device=logits.device)
+    found = top_logprobs(logits[rows], tokens[rows], num=num)
+    return TopLogprobs(
+        token_ids=_spread(found.token_ids, rows, num_rows=batch.num_rows),
+        logprobs=_spread(found.logprobs, rows, num_rows=batch.num_rows),
+        ranks=_spread(found.ranks, rows, num_rows=batch.num_rows),
+    )
+
+
+def _spread(values: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)

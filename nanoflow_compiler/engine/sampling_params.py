@@ -1,12 +1,17 @@
 """How one request's tokens are chosen and when it ends; names and defaults are vLLM's."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from nanoflow_compiler.errors import ConfigError
+from nanoflow_compiler.engine.structured import StructuredOutputsParams
+from nanoflow_compiler.errors import ConfigError, RequestError
 
-__all__ = ["SamplingParams"]
+__all__ = ["MAX_COMPLETIONS", "MAX_LOGPROBS", "SamplingParams"]
+
+MAX_COMPLETIONS = 128
+MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +19,13 @@ class SamplingParams:
     """Raises :class:`ConfigError` on construction when a value cannot be used."""
 
     n: int = 1
+    """Completions per prompt."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the output holds already."""
+    frequency_penalty: float = 0.0
+    """Taken off as often as the output holds the token."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt or output, and multiplies the negative ones."""
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
@@ -33,15 +45,27 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Token id to what is added to its logit."""
+    logprobs: int | None = None
+    """This many most likely tokens beside each chosen one; 0 is the chosen one alone."""
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled, and store the sequences as tuples."""
+        """Refuse what cannot be sampled, and keep copies of sequences and mappings."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        _check(
-            self.n == 1, f"n={self.n}: only one completion per prompt; repeat the prompt instead"
-        )
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}) or None)
+        self._check_draw()
+        self._check_penalties()
+        self._check_lengths()
+        self._check_logprobs()
+        _check(all(stop), "stop holds an empty string, which every text contains")
+
+    def _check_draw(self) -> None:
+        _check(1 <= self.n <= MAX_COMPLETIONS, f"n must be 1 to {MAX_COMPLETIONS}, not {self.n}")
         _check(
             math.isfinite(self.temperature) and self.temperature >= 0,
             f"temperature must be 0 (greedy) or more, not {self.temperature}",
@@ -49,8 +73,25 @@ class SamplingParams:
         _check(self.top_k >= -1, f"top_k must be -1 or 0 (all), or a count, not {self.top_k}")
         _check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         _check(0 <= self.min_p <= 1, f"min_p must be from 0 to 1, not {self.min_p}")
-        self._check_lengths()
-        _check(all(stop), "stop holds an empty string, which every text contains")
+
+    def _check_penalties(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2 <= value <= 2, f"{name} must be from -2 to 2, not {value}")
+        repetition = self.repetition_penalty
+        _check(
+            math.isfinite(repetition) and repetition > 0,
+            f"repetition_penalty must be above 0 (1 is none), not {repetition}",
+        )
+        for token, bias in (self.logit_bias or {}).items():
+            _check(
+                type(token) is int and token >= 0,
+                f"logit_bias maps token ids (integers) to numbers; {token!r} is no token id",
+            )
+            _check(
+                -MAX_BIAS <= bias <= MAX_BIAS,
+                f"logit_bias of token {token} must be from -100 to 100, not {bias}",
+            )
 
     def _check_lengths(self) -> None:
         most = self.max_tokens
@@ -59,6 +100,27 @@ class SamplingParams:
             0 <= self.min_tokens <= (math.inf if most is None else most),
             f"min_tokens must be from 0 to max_tokens ({most}), not {self.min_tokens}",
         )
+        _check(
+            not (self.min_tokens and self.structured_outputs),
+            "min_tokens and structured_outputs exclude each other: the grammar says where to end",
+        )
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(
+                value is None or 0 <= value <= MAX_LOGPROBS,
+                f"{name} must be 0 to {MAX_LOGPROBS}, or None, not {value}",
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a bias of a token that the model does not have."""
+        unknown = [token for token in self.logit_bias or () if token >= vocab_size]
+        if unknown:
+            raise RequestError(
+                f"logit_bias names token {unknown[0]}, but the model's tokens are 0 to "
+                f"{vocab_size - 1}; use the ids of the model's own tokenizer"
+            )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -67,6 +129,12 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens seen before change the logits."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties)
 
 
 def _check(is_good: bool, message: str) -> None:

@@ -283,7 +283,7 @@ def test_a_hundred_thousand_requests():
     def submit(batch, _sampling):
         tokens = rng.integers(0, VOCABULARY, len(batch.rows))
         sampled = SimpleNamespace(cpu=lambda: SimpleNamespace(numpy=lambda: tokens))
-        return SimpleNamespace(result=lambda: SimpleNamespace(tokens=sampled))
+        return SimpleNamespace(result=lambda: SimpleNamespace(tokens=sampled, logprobs=None))
 
     core.runner.submit = submit
     ended, added, total = {}, 0, 100_000

@@ -1,11 +1,14 @@
 """``LLM`` against transformers' generate: same tokens alone, batched, chunked, preempted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanoflow_compiler.engine import lengths
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.structured import StructuredOutputsParams
 from nanoflow_compiler.errors import (
     ConfigError,
     EmptyPromptError,
@@ -156,11 +159,81 @@ def test_prompts_are_checked_before_any_runs(llm):
     assert not llm._core.has_requests
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt_logprobs": 0},
+        {"structured_outputs": StructuredOutputsParams(regex="a" * 200)},
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(llm, asked):
+    with pytest.raises(ConfigError, match=f"{next(iter(asked))}=.*LLM does not offer this yet"):
+        llm.generate("a", SamplingParams(**asked))
+
+
+def test_several_completions_of_a_prompt(llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=6, ignore_eos=True)
+    (output,) = llm.generate("Hello there", params)
+    assert [each.index for each in output.outputs] == [0, 1, 2]
+    assert output.finished
+    for index, each in enumerate(output.outputs):
+        alone = replace(params, n=1, seed=5 + index)
+        assert llm.generate("Hello there", alone)[0].outputs[0].token_ids == each.token_ids
+    assert len({each.token_ids for each in output.outputs}) > 1
+
+
+def test_penalties_and_biases(llm):
+    _, plain = generate(llm, max_tokens=8, ignore_eos=True)
+    first = plain.token_ids[0]
+    _, biased = generate(llm, max_tokens=8, ignore_eos=True, logit_bias={first: -100})
+    assert first not in biased.token_ids
+    _, forced = generate(llm, max_tokens=4, ignore_eos=True, logit_bias={77: 100})
+    assert forced.token_ids == (77,) * 4
+    settings = {"logit_bias": {77: 10, 78: 9}, "max_tokens": 6, "ignore_eos": True}
+    _, again = generate(llm, presence_penalty=2, frequency_penalty=2, **settings)
+    assert {77, 78} <= set(again.token_ids)
+
+
+def test_logprobs_are_those_of_the_model(llm):
+    prompt_ids, output = generate(llm, max_tokens=5, ignore_eos=True, logprobs=3)
+    ids = torch.tensor([[*prompt_ids, *output.token_ids]])
+    model = llama(vocab_size=300)
+    with torch.no_grad():
+        expected = model(ids).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+    assert len(output.logprobs) == 5
+    for found, token, row in zip(output.logprobs, output.token_ids, expected, strict=True):
+        assert found.token_ids[:2] == [token, token]  # itself, then the most likely: greedy
+        assert found.rank == 1
+        torch.testing.assert_close(torch.tensor(found.logprobs), row[found.token_ids])
+    total = sum(found.logprobs[0] for found in output.logprobs)
+    assert output.cumulative_logprob == pytest.approx(total)
+    assert generate(llm)[1].logprobs is None
+
+
+def test_a_prompt_that_was_seen_is_not_computed_again(llm):
+    prompt = "a prompt that is long enough to fill a block of sixty-four tokens, "
+    first, second = (llm.generate(prompt + end, GREEDY)[0] for end in ("one", "two"))
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 64
+    (again,) = llm.generate(prompt + "one", GREEDY)
+    assert again.outputs == first.outputs
+    with LLM(
+        llama(vocab_size=300),
+        tokenizer=byte_tokenizer(),
+        enforce_eager=True,
+        enable_prefix_caching=False,
+    ) as other:
+        for _ in range(2):
+            (output,) = other.generate(prompt + "one", GREEDY)
+            assert output.num_cached_tokens == 0
+            assert output.outputs == first.outputs
+
+
 def test_an_error_inside_a_step_leaves_no_request_behind(llm, monkeypatch):
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(llm._core.runner, "step", fail)
+    monkeypatch.setattr(llm._core.runner.step, "model", fail)
     with pytest.raises(RuntimeError, match="boom"):
         llm.generate(["a", "b"], GREEDY)
     assert not llm._core.has_requests
