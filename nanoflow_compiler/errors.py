@@ -8,6 +8,7 @@
     +-- UnsupportedGraphError   the model does something that we cannot represent
     +-- InvalidProgramError     a step broke the rule of its value (``where`` names the step)
     +-- OutOfBlocksError        the KV cache cannot hold what was asked
+    +-- EngineDeadError         the engine stopped by itself, with all that it was running
     +-- RequestError            one request is refused
         +-- EmptyPromptError    the prompt has no tokens
         +-- PromptTooLongError  the prompt exceeds the model's or the cache's limit
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "EmptyPromptError",
     "EngineClosedError",
+    "EngineDeadError",
     "InvalidProgramError",
     "ModelLoadError",
     "NanoflowError",
@@ -57,6 +59,10 @@ class InvalidProgramError(NanoflowError):
 
 class OutOfBlocksError(NanoflowError):
     """The KV cache cannot hold what was asked of it."""
+
+
+class EngineDeadError(NanoflowError):
+    """The engine stopped by itself; every request that it was running is lost."""
 
 
 class RequestError(NanoflowError, ValueError):

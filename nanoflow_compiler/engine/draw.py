@@ -31,14 +31,19 @@ class Draw:
     """In [0, 1), float64."""
 
 
-def draw(logits: Tensor, settings: Draw, *, num_ordered: int) -> Tensor:
-    """One token per row; ``num_ordered`` is the largest limit, or 0 if ``min_p`` alone truncates."""
+def draw(logits: Tensor, settings: Draw, *, num_ordered: int | None) -> Tensor:
+    """One token per row.
+
+    ``num_ordered`` is the largest limit, 0 if ``min_p`` alone truncates, ``None`` if nothing does.
+    """
     # Shifted first, because logits over a tiny temperature overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / settings.temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(settings.temperature)
     least = settings.least
     if num_ordered:
         least = _least_kept(scaled, settings, num_ordered=num_ordered)
-    return _invert(scaled.masked_fill_(scaled < least, -torch.inf), settings.uniform)
+    if num_ordered is not None:
+        scaled.masked_fill_(scaled < least, -torch.inf)
+    return _invert(scaled, settings.uniform)
 
 
 def _least_kept(scaled: Tensor, settings: Draw, *, num_ordered: int) -> Tensor:
@@ -47,7 +52,7 @@ def _least_kept(scaled: Tensor, settings: Draw, *, num_ordered: int) -> Tensor:
     least = torch.maximum(settings.least, ordered.gather(-1, settings.limit - 1))
     places = torch.arange(num_ordered, device=scaled.device)
     is_cut = (ordered < least) | (places >= settings.limit)
-    weights = _weights(ordered.masked_fill(is_cut, -torch.inf))
+    weights = _weights(ordered.masked_fill_(is_cut, -torch.inf)).long()
     sums = weights.cumsum(-1)
     is_within = (sums - weights) < settings.top_p * sums[:, -1:]
     # Where no weight is known (all logits infinite), the first place stands in.
@@ -62,7 +67,8 @@ def _ordered(scaled: Tensor, count: int) -> Tensor:
 
 
 def _weights(scaled: Tensor) -> Tensor:
-    return (scaled.exp() * ONE).long()
+    """To be cut to int64, which happens where they are stored."""
+    return scaled.exp().mul_(ONE)
 
 
 def _invert(scaled: Tensor, uniform: Tensor) -> Tensor:
@@ -72,8 +78,9 @@ def _invert(scaled: Tensor, uniform: Tensor) -> Tensor:
     """
     num_rows, num_tokens = scaled.shape
     num_chunks = ceil(num_tokens / NUM_CHUNK_TOKENS)
-    weights = scaled.new_zeros(num_rows, num_chunks * NUM_CHUNK_TOKENS, dtype=torch.int64)
+    weights = scaled.new_empty(num_rows, num_chunks * NUM_CHUNK_TOKENS, dtype=torch.int64)
     weights[:, :num_tokens] = _weights(scaled)
+    weights[:, num_tokens:] = 0
     chunks = weights.view(num_rows, num_chunks, NUM_CHUNK_TOKENS)
     own = chunks.sum(-1)
     sums = own.cumsum(-1)

@@ -146,19 +146,27 @@ def _chosen(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return tokens
 
 
-def _groups(batch: SamplingBatch, *, num_tokens: int) -> Iterator[tuple[Rows, int]]:
-    """Rows that are drawn alike and fit in memory together, and how many tokens they put in order."""
+def _groups(batch: SamplingBatch, *, num_tokens: int) -> Iterator[tuple[Rows, int | None]]:
+    """Rows that are drawn alike and fit in memory together, and ``num_ordered`` of :func:`draw`."""
     is_random = ~batch.is_greedy
     has_top_k = (batch.top_k > 0) & (batch.top_k < num_tokens)
-    has_top_p = batch.top_p < 1
-    whole = np.flatnonzero(is_random & ~has_top_k & ~has_top_p)
-    few = np.flatnonzero(is_random & has_top_k)
-    all_ordered = np.flatnonzero(is_random & ~has_top_k & has_top_p)
+    has_top_p = ~has_top_k & (batch.top_p < 1)
+    is_whole = ~has_top_k & ~has_top_p
+    has_min_p = is_whole & (batch.min_p > 0)
+    for rows in _parts(is_random & is_whole & ~has_min_p, num_tokens=num_tokens):
+        yield rows, None
+    for rows in _parts(is_random & has_min_p, num_tokens=num_tokens):
+        yield rows, 0
+    for rows in _parts(is_random & has_top_k, num_tokens=num_tokens):
+        yield rows, int(batch.top_k[rows].max())
+    for rows in _parts(is_random & has_top_p, num_tokens=num_tokens):
+        yield rows, num_tokens
+
+
+def _parts(chosen: npt.NDArray[np.bool_], *, num_tokens: int) -> Iterator[Rows]:
+    rows = np.flatnonzero(chosen)
     size = max(1, MAX_ELEMENTS // num_tokens)
-    for rows, count in ((whole, 0), (few, None), (all_ordered, num_tokens)):
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            yield part, int(batch.top_k[part].max()) if count is None else count
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _draw_columns(

@@ -1,0 +1,87 @@
+"""The ASGI application, for uvicorn or any other server."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+import nanoflow_compiler
+from nanoflow_compiler.server import chat, completions, service
+from nanoflow_compiler.server.admission import Admission
+from nanoflow_compiler.server.context import ServerContext
+from nanoflow_compiler.server.engine_client import EngineClient
+from nanoflow_compiler.server.errors import add_handlers
+from nanoflow_compiler.server.metrics import Metrics
+from nanoflow_compiler.server.middleware import (
+    ApiKeyMiddleware,
+    RequestIdMiddleware,
+    SizeLimitMiddleware,
+)
+from nanoflow_compiler.server.settings import ServerSettings
+from nanoflow_compiler.server.text import TextCodec
+from nanoflow_compiler.server.tool_calls import ToolParser, make_parser
+
+__all__ = ["create_app"]
+
+
+def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
+    """``app.state.context`` is the :class:`ServerContext` of the app."""
+    context = _context(engine, settings)
+    app = FastAPI(
+        title="nanoflow",
+        version=nanoflow_compiler.__version__,
+        openapi_url=None if settings.disable_docs else "/openapi.json",
+        lifespan=_lifespan(context),
+    )
+    app.state.context = context
+    for module in (completions, chat, service):
+        app.include_router(module.router)
+    add_handlers(app)
+    _add_middleware(app, settings)
+    return app
+
+
+def _context(engine: EngineClient, settings: ServerSettings) -> ServerContext:
+    names = settings.served_model_names or (engine.model_name,)
+    return ServerContext(
+        engine=engine,
+        settings=settings,
+        codec=TextCodec(engine.tokenizer, max_model_len=engine.max_model_len),
+        admission=Admission(max_open=settings.max_open_requests),
+        metrics=Metrics(model_name=names[0]),
+        tool_parser=_tool_parser(engine, settings),
+    )
+
+
+def _tool_parser(engine: EngineClient, settings: ServerSettings) -> ToolParser | None:
+    template = settings.chat_template or getattr(engine.tokenizer, "chat_template", None)
+    # Some models have several templates, by name.
+    return make_parser(settings.tool_call_parser, template=str(template or ""))
+
+
+def _lifespan(
+    context: ServerContext,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        context.codec.close()
+
+    return lifespan
+
+
+def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
+    """The last one added sees a request first."""
+    app.add_middleware(SizeLimitMiddleware, max_bytes=settings.max_request_bytes)
+    if settings.api_keys:
+        app.add_middleware(ApiKeyMiddleware, keys=settings.api_keys)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestIdMiddleware)

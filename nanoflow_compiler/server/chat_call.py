@@ -1,0 +1,149 @@
+"""A chat that is ready to run: its prompt, its sampling, and what its tools ask for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from nanoflow_compiler.server.chat_prompt import ChatPrompt
+from nanoflow_compiler.server.context import Job, ServerContext
+from nanoflow_compiler.server.errors import ApiError
+from nanoflow_compiler.server.fields import refuse_unsupported, refused
+from nanoflow_compiler.server.logprobs import LogprobWriter
+from nanoflow_compiler.server.prompts import chat_tokens, truncated
+from nanoflow_compiler.server.protocol_chat import ChatRequest, Tool, ToolChoice
+from nanoflow_compiler.server.responses import ChatChunk, ChatChunkChoice, Usage
+from nanoflow_compiler.server.sampling import make_params, structured_outputs
+from nanoflow_compiler.server.tool_calls import RequiredParser, ToolParser
+
+__all__ = ["ChatCall", "prepare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCall:
+    """One request to ``/v1/chat/completions``."""
+
+    context: ServerContext
+    body: ChatRequest
+    model: str
+    job: Job
+    parser: ToolParser | None
+    """Finds tool calls in the text; None where there can be none."""
+    writer: LogprobWriter
+
+    @property
+    def named_function(self) -> str | None:
+        """The function that must be called: the whole text is its arguments."""
+        choice = self.body.tool_choice
+        return choice.function.name if isinstance(choice, ToolChoice) else None
+
+    def chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType = UNSET) -> ChatChunk:
+        return ChatChunk(
+            id=self.job.request_id,
+            created=self.job.created,
+            model=self.model,
+            choices=choices,
+            usage=usage,
+        )
+
+
+async def prepare(context: ServerContext, body: ChatRequest, request_id: str) -> ChatCall:
+    """400 or 404 where the request cannot run."""
+    _check(body)
+    model = context.check_model(body.model)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = make_params(
+        body,
+        max_tokens=limit,
+        logprobs=body.top_logprobs if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        structured=_structured(body),
+    )
+    tools = [] if body.tool_choice == "none" else body.tools or []
+    tokens = await chat_tokens(
+        context, _chat_prompt(body, tools), add_special_tokens=body.add_special_tokens
+    )
+    most = context.engine.max_model_len
+    tokens = truncated(tokens, body.truncate_prompt_tokens, most=most)
+    return ChatCall(
+        context=context,
+        body=body,
+        model=model,
+        job=Job(request_id=request_id, prompts=[tokens], params=params),
+        parser=_parser(context, body) if tools else None,
+        writer=LogprobWriter(
+            context.codec,
+            num_top=body.top_logprobs,
+            as_token_ids=body.return_tokens_as_token_ids,
+        ),
+    )
+
+
+def _check(body: ChatRequest) -> None:
+    extra = body.model_extra or {}
+    refuse_unsupported(extra)
+    if extra.get("echo"):
+        raise refused("echo")
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+    if body.tool_choice not in (None, "none", "auto") and not body.tools:
+        raise ApiError("tool_choice needs tools to choose from", param="tool_choice")
+
+
+def _chat_prompt(body: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
+    return ChatPrompt(
+        messages=body.messages,
+        tools=tools,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template_kwargs=body.chat_template_kwargs,
+    )
+
+
+def _parser(context: ServerContext, body: ChatRequest) -> ToolParser | None:
+    if isinstance(body.tool_choice, ToolChoice):
+        return None
+    return RequiredParser() if body.tool_choice == "required" else context.tool_parser
+
+
+def _structured(body: ChatRequest) -> dict[str, Any]:
+    """A choice that must be made is a grammar; it takes the place of ``response_format``."""
+    wanted = structured_outputs(body)
+    if body.tool_choice in (None, "none", "auto"):
+        return wanted
+    if wanted:
+        raise ApiError(
+            "tool_choice and response_format exclude each other: send one", param="tool_choice"
+        )
+    tools = body.tools or []
+    if isinstance(body.tool_choice, ToolChoice):
+        name = body.tool_choice.function.name
+        tools = [tool for tool in tools if tool.function.name == name]
+        if not tools:
+            raise ApiError(f"tool_choice names {name!r}, which tools lack", param="tool_choice")
+        return {"json": _parameters(tools[0])}
+    return {"json": {"type": "array", "minItems": 1, "items": _any_call(tools)}}
+
+
+def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "enum": [tool.function.name]},
+                    "parameters": _parameters(tool),
+                },
+                "required": ["name", "parameters"],
+            }
+            for tool in tools
+        ]
+    }
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return tool.function.parameters or {"type": "object", "properties": {}}

@@ -1,0 +1,97 @@
+"""What every endpoint works with."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from starlette.requests import Request
+
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.server.admission import Admission
+from nanoflow_compiler.server.engine_client import EngineClient, Output
+from nanoflow_compiler.server.errors import ApiError
+from nanoflow_compiler.server.merging import merge
+from nanoflow_compiler.server.metrics import Metrics
+from nanoflow_compiler.server.settings import ServerSettings
+from nanoflow_compiler.server.text import TextCodec
+from nanoflow_compiler.server.tool_calls import ToolParser
+
+__all__ = ["Job", "ServerContext", "context_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Prompts that one HTTP request sent, and how to continue them."""
+
+    request_id: str
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    arrival: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def indices(self) -> range:
+        """Of the choices of the answer: ``n`` of each prompt, prompt by prompt."""
+        return range(len(self.prompts) * self.params.n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerContext:
+    """Lives as long as the app."""
+
+    engine: EngineClient
+    settings: ServerSettings
+    codec: TextCodec
+    admission: Admission
+    metrics: Metrics
+    tool_parser: ToolParser | None
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.settings.served_model_names or (self.engine.model_name,)
+
+    def check_model(self, name: str) -> str:
+        """The name to answer with; 404 for a model that is not here."""
+        if name and name not in self.model_names:
+            raise ApiError(
+                f"the model {name!r} is not served here; there is {', '.join(self.model_names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return name or self.model_names[0]
+
+    async def outputs(self, job: Job) -> AsyncGenerator[tuple[int, Output], None]:
+        """Outputs with the index of their prompt; closing it aborts what still runs."""
+        names = [f"{job.request_id}-{i}" for i in range(len(job.prompts))]
+        with self.admission.open(names, num_each=job.params.n) as ids:
+            watches = [self.metrics.watch(name, arrival=job.arrival) for name in ids]
+            streams = [
+                self.engine.generate(
+                    {"prompt_token_ids": tokens}, job.params, request_id=request_id
+                )
+                for tokens, request_id in zip(job.prompts, ids, strict=True)
+            ]
+            merged = merge(streams)
+            try:
+                async for index, output in merged:
+                    watches[index].see(output)
+                    yield index, output
+            finally:
+                await merged.aclose()
+                for watch in watches:
+                    watch.close()
+
+    async def last_outputs(self, job: Job) -> list[Output]:
+        """The final output of each prompt."""
+        async with aclosing(self.outputs(job)) as outputs:
+            last = {index: output async for index, output in outputs}
+        return [last[index] for index in range(len(job.prompts))]
+
+
+def context_of(request: Request) -> ServerContext:
+    """What ``create_app`` attached to the app."""
+    return cast("ServerContext", request.app.state.context)

@@ -1,0 +1,70 @@
+"""Prompts of a request as token ids."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from nanoflow_compiler.server.chat_prompt import ChatPrompt, render
+from nanoflow_compiler.server.context import ServerContext
+from nanoflow_compiler.server.errors import ApiError
+from nanoflow_compiler.server.protocol import CompletionRequest
+
+__all__ = ["TokenizedPrompt", "chat_tokens", "completion_prompts", "truncated"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """What the model reads, and the text that ``echo`` repeats."""
+
+    tokens: list[int]
+    text: str = ""
+
+
+async def completion_prompts(
+    context: ServerContext, body: CompletionRequest
+) -> list[TokenizedPrompt]:
+    return [await _tokenize(context, body, prompt) for prompt in _listed(body.prompt)]
+
+
+async def chat_tokens(
+    context: ServerContext, prompt: ChatPrompt, *, add_special_tokens: bool
+) -> list[int]:
+    """The template writes special tokens itself, so none are added unless asked for."""
+    codec, template = context.codec, context.settings.chat_template
+    text = await codec.run(
+        lambda: render(prompt, codec.tokenizer, template=template), size=prompt.size
+    )
+    return await codec.encode(text, add_special_tokens=add_special_tokens)
+
+
+def truncated(tokens: list[int], wanted: int | None, *, most: int) -> list[int]:
+    """The last tokens; -1 keeps as many as the model holds beside one of the answer."""
+    if wanted is None:
+        return tokens
+    kept = most - 1 if wanted == -1 else wanted
+    return tokens[max(0, len(tokens) - kept) :]
+
+
+def _listed(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise ApiError("prompt is an empty list; send at least one", param="prompt")
+    return cast("list[str | list[int]]", prompt)
+
+
+async def _tokenize(
+    context: ServerContext, body: CompletionRequest, prompt: str | list[int]
+) -> TokenizedPrompt:
+    codec, most = context.codec, context.engine.max_model_len
+    given = prompt
+    if isinstance(prompt, str):
+        prompt = await codec.encode(
+            prompt,
+            add_special_tokens=body.add_special_tokens,
+            is_cut=body.truncate_prompt_tokens is not None,
+        )
+    tokens = truncated(prompt, body.truncate_prompt_tokens, most=most)
+    if not body.echo:
+        return TokenizedPrompt(tokens)
+    is_whole = isinstance(given, str) and len(tokens) == len(prompt)
+    return TokenizedPrompt(tokens, str(given) if is_whole else await codec.decode(tokens))

@@ -1,0 +1,29 @@
+"""Bodies of ``/tokenize`` and ``/detokenize``, which are vLLM's."""
+
+from typing import Any
+
+from nanoflow_compiler.server.protocol import ApiModel, TokenId
+from nanoflow_compiler.server.protocol_chat import ChatMessage, Tool
+
+__all__ = ["DetokenizeRequest", "TokenizeRequest"]
+
+
+class TokenizeRequest(ApiModel):
+    """Either a prompt or the messages of a chat."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(ApiModel):
+    """Tokens to read as text."""
+
+    model: str = ""
+    tokens: list[TokenId]

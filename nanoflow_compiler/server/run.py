@@ -1,0 +1,91 @@
+"""Serves an engine over HTTP until a signal; then drains."""
+
+import asyncio
+import logging
+import signal
+from socket import socket
+from types import FrameType
+
+import uvicorn
+
+from nanoflow_compiler.server.app import create_app
+from nanoflow_compiler.server.engine_client import EngineClient
+from nanoflow_compiler.server.settings import ServerSettings
+
+__all__ = ["Server", "serve"]
+
+_LOG = logging.getLogger(__name__)
+
+LAST_ANSWERS_S = 3
+"""After the abort, for the last events to reach their readers."""
+
+
+async def serve(engine: EngineClient, settings: ServerSettings) -> None:
+    """Returns after SIGTERM or SIGINT, when open requests ended or their deadline passed.
+
+    The engine stays open: who made it closes it.
+    """
+    await Server(engine, settings).serve()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that the first signal lets open requests end while new ones get a 503."""
+
+    def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
+        app = create_app(engine, settings)
+        self.context = app.state.context
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                root_path=settings.root_path,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                timeout_graceful_shutdown=LAST_ANSWERS_S,
+                backlog=4096,
+                server_header=False,
+            )
+        )
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; SIGINT after it exits at once."""
+        if self._loop is None:
+            super().handle_exit(sig, frame)
+        elif self.context.admission.is_draining:
+            self.should_exit = self.force_exit = self.force_exit or sig == signal.SIGINT
+        else:
+            self.context.admission.is_draining = True
+            self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drain = asyncio.create_task(self._drain_then_exit())
+
+    async def _drain_then_exit(self) -> None:
+        admission = self.context.admission
+        limit = self.context.settings.shutdown_timeout_s
+        _LOG.info("shutting down: %d open, waiting at most %g s", admission.num_open, limit)
+        try:
+            async with asyncio.timeout(limit):
+                await admission.empty()
+        except TimeoutError:
+            await self._abort_all()
+        self.should_exit = True
+
+    async def _abort_all(self) -> None:
+        """The clients see the finish reason ``abort``."""
+        open_ids = self.context.admission.open_ids
+        _LOG.warning(
+            "%d requests did not end in time and are aborted; shutdown_timeout_s gives them longer",
+            len(open_ids),
+        )
+        for request_id in open_ids:
+            await self.context.engine.abort(request_id)

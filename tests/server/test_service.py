@@ -1,0 +1,122 @@
+"""Everything around generation."""
+
+import pytest
+
+from nanoflow_compiler import ConfigError
+from nanoflow_compiler.server.settings import ServerSettings
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_models(make_api):
+    api = make_api(served_model_names=("org/model", "alias"))
+    answer = (await api.get("/v1/models")).json()
+    assert [card["id"] for card in answer["data"]] == ["org/model", "alias"]
+    assert {card["root"] for card in answer["data"]} == {"tiny"}
+    assert answer["data"][0]["max_model_len"] == 2048
+    assert (await api.get("/v1/models/org/model")).json()["id"] == "org/model"
+    await api.get("/v1/models/none", status=404)
+
+
+async def test_tokens(api):
+    answer = await api.post(
+        "/tokenize", {"model": "tiny", "prompt": "ab", "return_token_strs": True}
+    )
+    assert answer["count"] == len(answer["tokens"]) == 2
+    assert answer["max_model_len"] == 2048
+    assert answer["token_strs"] == ["a", "b"]
+    text = await api.post("/detokenize", {"model": "tiny", "tokens": answer["tokens"]})
+    assert text == {"prompt": "ab"}
+    messages = [{"role": "user", "content": "x"}]
+    chat = await api.post("/tokenize", {"messages": messages})
+    assert chat["count"] == len("user: x\nassistant:")
+    await api.post("/tokenize", {}, status=400)
+
+
+async def test_health_and_version(api):
+    for path in ("/health", "/ping"):
+        assert (await api.get(path)).content == b""
+    assert (await api.get("/version")).json().keys() == {"version"}
+    api.context.admission.is_draining = True
+    await api.get("/health", status=503)
+
+
+async def test_metrics(api):
+    await api.complete("hello", max_tokens=4, n=2)
+    await api.complete("hello", max_tokens=4, stop=["a", "b", "c", "d", "e", "f"], seed=1)
+    text = (await api.get("/metrics")).text
+    label = '{model_name="tiny"}'
+    for name, value in {
+        "num_requests_running": 0,
+        "num_requests_waiting": 0,
+        "kv_cache_usage_perc": 0.25,
+        "prompt_tokens_total": 10,
+        "num_preemptions_total": 5,
+        "prefix_cache_queries_total": 70,
+        "prefix_cache_hits_total": 30,
+        "time_to_first_token_seconds_count": 2,
+        "e2e_request_latency_seconds_count": 3,
+        "request_generation_tokens_count": 3,
+    }.items():
+        assert f"nanoflow:{name}{label} {float(value)}" in text
+    assert 'request_success_total{finished_reason="length",model_name="tiny"}' in text
+    assert "nanoflow:inter_token_latency_seconds_bucket" in text
+
+
+async def test_request_ids_are_taken_and_returned(api, caplog):
+    caplog.set_level("INFO", "nanoflow_compiler.server")
+    body = {"prompt": "x", "max_tokens": 2}
+    answer = await api.http.post("/v1/completions", json=body, headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["id"] == "cmpl-mine"
+    assert "cmpl-mine-0: 1 tokens in, 2 out, length" in caplog.text
+    for bad in ("x" * 500, "a b", ""):
+        answer = await api.http.get("/health", headers={"x-request-id": bad})
+        assert len(answer.headers["x-request-id"]) == 32
+
+
+async def test_equal_request_ids_are_told_apart(api):
+    await api.complete(["a", "b"], request_id="same")
+    with api.context.admission.open(["cmpl-same-0"]):
+        await api.complete("c", request_id="same")
+    ids = [request_id for request_id, _, _ in api.engine.seen]
+    assert ids == ["cmpl-same-0", "cmpl-same-1", "cmpl-same-0-1"]
+
+
+async def test_documentation_can_be_hidden(make_api, api):
+    schema = (await api.get("/openapi.json")).json()
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} <= schema["paths"].keys()
+    await api.get("/docs")
+    hidden = make_api(disable_docs=True)
+    for path in ("/openapi.json", "/docs", "/redoc"):
+        await hidden.get(path, status=404)
+
+
+async def test_browsers_of_allowed_origins_may_ask(make_api):
+    api = make_api(allowed_origins=("https://a.example",), api_keys=("key",))
+    asked = {"access-control-request-method": "POST"}
+    good = await api.http.options(
+        "/v1/completions", headers=asked | {"origin": "https://a.example"}
+    )
+    assert good.headers["access-control-allow-origin"] == "https://a.example"
+    bad = await api.http.options("/v1/completions", headers=asked | {"origin": "https://b.example"})
+    assert bad.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"port": 70000},
+        {"max_request_bytes": 0},
+        {"max_open_requests": 0},
+        {"request_timeout_s": 0},
+        {"shutdown_timeout_s": -1},
+        {"api_keys": ("",)},
+        {"root_path": "llm"},
+        {"tool_call_parser": "pythonic"},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_serve(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        ServerSettings(**setting)
