@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_compiler.engine import draw, logprobs, sampler
-from nanoflow_compiler.engine.request import Request
-from nanoflow_compiler.engine.sampler import sample, sample_requests, uniform
-from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.sampler import sample, uniform
 from sampling_rows import (
     draw_rows,
     make_batch,
@@ -240,23 +238,6 @@ def test_logprobs_of_a_prompt(monkeypatch, max_elements):
     values = torch.cat([expected.gather(-1, targets[:, None]), expected.topk(2).values], -1)
     torch.testing.assert_close(found.logprobs.double(), values, atol=1e-5, rtol=0)
     assert found.ranks.tolist() == ((expected > values[:, :1]).sum(-1) + 1).tolist()
-
-
-def test_requests_of_the_engine():
-    logits = random_logits(len(MIXED[:6]))
-    requests, rows = [], []
-    for i, params in enumerate(MIXED[:6]):
-        request = Request(
-            request_id=i,
-            prompt_token_ids=(1, 2),
-            params=SamplingParams(**params),
-            max_tokens=16,
-            seed=7 - i,
-        )
-        request.token_ids += [0] * i
-        requests.append(request)
-        rows.append(row(seed=7 - i, output=[0] * i, **params))
-    assert sample_requests(logits, requests, eos_token_ids=[5]).tolist() == draw_rows(logits, rows)
 
 
 def test_uniform_numbers_look_uniform():
