@@ -33,7 +33,7 @@ class Admission:
     def open(self, wanted: Sequence[str], *, num_each: int = 1) -> Iterator[list[str]]:
         """Lets requests in, and gives each an id that no other open one has; 503 if full."""
         num = len(wanted) * num_each
-        self._check_room(num)
+        self.check_room(num)
         ids = [self._take(name) for name in wanted]
         self.num_open += num
         try:
@@ -49,7 +49,8 @@ class Admission:
             self._changed.clear()
             await self._changed.wait()
 
-    def _check_room(self, num: int) -> None:
+    def check_room(self, num: int) -> None:
+        """503 if there is none now; before the work of tokenization, nothing is held yet."""
         if self.is_draining:
             raise self._rejected("this server is shutting down; ask another one", "shutting_down")
         if num > self.max_open:

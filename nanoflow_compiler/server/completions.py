@@ -17,7 +17,7 @@ from nanoflow_compiler.server.errors import ApiError
 from nanoflow_compiler.server.fields import refuse_unsupported, refused
 from nanoflow_compiler.server.json_body import JsonRoute
 from nanoflow_compiler.server.logprobs import LogprobWriter
-from nanoflow_compiler.server.prompts import completion_prompts
+from nanoflow_compiler.server.prompts import listed_prompts, tokenize_prompt
 from nanoflow_compiler.server.protocol import CompletionRequest, StreamOptions
 from nanoflow_compiler.server.request_ids import make_id
 from nanoflow_compiler.server.responses import (
@@ -91,7 +91,9 @@ async def _prepare(context: ServerContext, body: CompletionRequest, request_id: 
         logprobs=body.logprobs,
         prompt_logprobs=echoed if body.prompt_logprobs is None else body.prompt_logprobs,
     )
-    prompts = await completion_prompts(context, body)
+    listed = listed_prompts(body)
+    context.admission.check_room(len(listed) * params.n)
+    prompts = [await tokenize_prompt(context, body, prompt) for prompt in listed]
     return _Call(
         context,
         body,

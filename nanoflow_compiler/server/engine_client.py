@@ -76,7 +76,9 @@ class Output(Protocol):
     @property
     def prompt_token_ids(self) -> Sequence[int]: ...
     @property
-    def outputs(self) -> Sequence[Completion]: ...
+    def outputs(self) -> Sequence[Completion]:
+        """All ``n``, those without news included."""
+
     @property
     def num_cached_tokens(self) -> int | None: ...
     @property
@@ -93,7 +95,8 @@ class EngineClient(Protocol):
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None": ...
     @property
-    def errored(self) -> bool: ...
+    def errored(self) -> bool:
+        """Whether the engine is gone; asked often, so it is known without asking the engine."""
 
     def generate(
         self, prompt: "TokensPrompt", params: SamplingParams, *, request_id: str

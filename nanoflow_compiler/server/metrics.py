@@ -151,7 +151,7 @@ class RequestWatch:
             self._request_id,
             self._num_prompt_tokens,
             sum(self._num_tokens.values()),
-            ", ".join(self._ended[index] for index in sorted(self._ended)) or "abort",
+            ", ".join(self._ended[index] for index in sorted(self._ended)) or "no answer",
             time.monotonic() - self._arrival,
         )
 

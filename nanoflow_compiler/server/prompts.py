@@ -1,5 +1,6 @@
 """Prompts of a request as token ids."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,7 +9,7 @@ from nanoflow_compiler.server.context import ServerContext
 from nanoflow_compiler.server.errors import ApiError
 from nanoflow_compiler.server.protocol import CompletionRequest
 
-__all__ = ["TokenizedPrompt", "chat_tokens", "completion_prompts", "truncated"]
+__all__ = ["TokenizedPrompt", "chat_tokens", "listed_prompts", "tokenize_prompt", "truncated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +18,6 @@ class TokenizedPrompt:
 
     tokens: list[int]
     text: str = ""
-
-
-async def completion_prompts(
-    context: ServerContext, body: CompletionRequest
-) -> list[TokenizedPrompt]:
-    return [await _tokenize(context, body, prompt) for prompt in _listed(body.prompt)]
 
 
 async def chat_tokens(
@@ -44,7 +39,9 @@ def truncated(tokens: list[int], wanted: int | None, *, most: int) -> list[int]:
     return tokens[max(0, len(tokens) - kept) :]
 
 
-def _listed(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+def listed_prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """One by one; a flat list of numbers is a single prompt."""
+    prompt = body.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     if not prompt:
@@ -52,9 +49,11 @@ def _listed(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str |
     return cast("list[str | list[int]]", prompt)
 
 
-async def _tokenize(
+async def tokenize_prompt(
     context: ServerContext, body: CompletionRequest, prompt: str | list[int]
 ) -> TokenizedPrompt:
+    """Lets others run before it starts, since there may be thousands of short prompts."""
+    await asyncio.sleep(0)
     codec, most = context.codec, context.engine.max_model_len
     given = prompt
     if isinstance(prompt, str):

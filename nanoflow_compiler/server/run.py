@@ -3,19 +3,21 @@
 import asyncio
 import logging
 import signal
-from socket import socket
+import socket
 from types import FrameType
 
 import uvicorn
 
+from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.server.app import create_app
 from nanoflow_compiler.server.engine_client import EngineClient
 from nanoflow_compiler.server.settings import ServerSettings
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "bind", "serve"]
 
 _LOG = logging.getLogger(__name__)
 
+BACKLOG = 4096
 LAST_ANSWERS_S = 3
 """After the abort, for the last events to reach their readers."""
 
@@ -23,9 +25,24 @@ LAST_ANSWERS_S = 3
 async def serve(engine: EngineClient, settings: ServerSettings) -> None:
     """Returns after SIGTERM or SIGINT, when open requests ended or their deadline passed.
 
-    The engine stays open: who made it closes it.
+    The engine stays open: who made it closes it. ConfigError if the address cannot be had.
     """
-    await Server(engine, settings).serve()
+    with bind(settings) as listening:
+        host, port = listening.getsockname()[:2]
+        _LOG.info("serving %s at http://%s:%d", engine.model_name, host, port)
+        await Server(engine, settings).serve([listening])
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """Before anything is started, so that a port that is taken costs no time."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; "
+            "choose another host or port"
+        ) from error
 
 
 class Server(uvicorn.Server):
@@ -47,12 +64,12 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 ws="none",
                 timeout_graceful_shutdown=LAST_ANSWERS_S,
-                backlog=4096,
+                backlog=BACKLOG,
                 server_header=False,
             )
         )
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 

@@ -1,5 +1,7 @@
 """Endpoints around generation: models, tokens, health and metrics."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
@@ -14,6 +16,8 @@ from nanoflow_compiler.server.prompts import chat_tokens
 from nanoflow_compiler.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
 
 __all__ = ["router"]
+
+STATS_TIMEOUT_S = 5.0
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -39,7 +43,6 @@ async def health(request: Request) -> Response:
         raise ApiError("this server is shutting down", status=503, code="shutting_down")
     if context.engine.errored:
         raise ApiError("the engine is dead; restart it", status=503, code="engine_dead")
-    await context.engine.stats()
     return Response(status_code=200)
 
 
@@ -52,9 +55,10 @@ async def version() -> Response:
 async def metrics(request: Request) -> Response:
     context = context_of(request)
     try:
-        stats = await context.engine.stats()
-    except EngineDeadError:
-        # What the server itself counted is worth the more when the engine is gone.
+        async with asyncio.timeout(STATS_TIMEOUT_S):
+            stats = await context.engine.stats()
+    except (EngineDeadError, TimeoutError):
+        # What the server itself counted is worth the more when the engine is silent.
         stats = None
     text = context.metrics.exposition(stats, num_rejected=context.admission.num_rejected)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

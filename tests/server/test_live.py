@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from nanoflow_compiler import ConfigError
+from nanoflow_compiler.server.run import bind
+from nanoflow_compiler.server.settings import ServerSettings
 from server.fake_engine import FakeEngine
 from server.live import serving, wait_until
 
@@ -162,14 +165,29 @@ def test_the_second_interrupt_exits_at_once():
 
 
 def test_a_process_ends_well_after_sigterm():
-    command = [sys.executable, "-m", "server.serve_fake"]
-    folder = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "server.serve_nothing", str(port)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent) as process:
+        try:
+            wait_until(lambda: answers(port), seconds=60)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def answers(port):
     try:
-        url = process.stdout.readline().strip()
-        assert httpx.get(f"{url}/health").status_code == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.stdout.close()
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def test_a_port_that_is_taken_is_an_error_that_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*choose another"):
+            bind(ServerSettings(port=port))
+    with pytest.raises(ConfigError, match="choose another"):
+        bind(ServerSettings(host="no.such.host.invalid"))
