@@ -103,3 +103,12 @@ def reference_tokens(logits, one, *, eos=(), allowed=None):
     ends = np.cumsum(p)
     near = (ends - p <= point + 1e-5) & (point - 1e-5 <= ends) & (p > 0)
     return set(np.flatnonzero(near).tolist())
+
+
+def packed(allowed, *, vocab):
+    """As xgrammar packs it: token ``t`` is bit ``t % 32`` of word ``t // 32``."""
+    mask = np.zeros((len(allowed), -(-vocab // 32)), dtype=np.uint32)
+    for words, tokens in zip(mask, allowed, strict=True):
+        for token in tokens:
+            words[token // 32] |= np.uint32(1 << token % 32)
+    return torch.from_numpy(mask.view(np.int32))

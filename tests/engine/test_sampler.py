@@ -11,6 +11,7 @@ from nanoflow_compiler.engine.sampler import sample, uniform
 from sampling_rows import (
     draw_rows,
     make_batch,
+    packed,
     reference_distribution,
     reference_logits,
     reference_tokens,
@@ -103,15 +104,6 @@ def test_tokens_are_those_of_the_reference(data, rows, vocab):
     for token, one, values in zip(found, rows, logits.numpy(), strict=True):
         assert token in reference_tokens(values, one, eos=[0], allowed=allowed)
     assert torch.equal(logits, before)
-
-
-def packed(allowed, *, vocab):
-    """As xgrammar packs it: token ``t`` is bit ``t % 32`` of word ``t // 32``."""
-    mask = np.zeros((len(allowed), -(-vocab // 32)), dtype=np.uint32)
-    for words, tokens in zip(mask, allowed, strict=True):
-        for token in tokens:
-            words[token // 32] |= np.uint32(1 << token % 32)
-    return torch.from_numpy(mask.view(np.int32))
 
 
 @pytest.mark.parametrize("params", MIXED[1:6])

@@ -1,0 +1,82 @@
+"""What requests change of their logits before a token is drawn, all rows at once on the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.upload import upload
+
+__all__ = ["change_logits"]
+
+
+def change_logits(
+    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Mask, bias, bars and penalties, in the order of vLLM; the same tensor if no row asks for any."""
+    few = (batch.bias_rows, batch.barred_rows, batch.penalty_rows)
+    if mask is None and not any(map(len, few)):
+        return logits
+    logits = logits.clone()
+    if mask is not None:
+        _apply_mask(logits, mask)
+    if len(batch.bias_rows):
+        _add_bias(logits, batch)
+    if len(batch.barred_rows):
+        _bar(logits, batch)
+    if len(batch.penalty_rows):
+        _penalise(logits, batch, token_store=token_store)
+    return logits
+
+
+def _apply_mask(logits: Tensor, mask: Tensor) -> None:
+    num_tokens = logits.shape[-1]
+    assert mask.shape[-1] * 32 >= num_tokens
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    size = max(1, MAX_ELEMENTS // num_tokens)
+    for part, words in zip(logits.split(size), mask.split(size), strict=True):
+        bits = (words[:, :, None] >> shifts) & 1
+        part.masked_fill_(bits.flatten(1)[:, :num_tokens] == 0, -torch.inf)
+
+
+def _add_bias(logits: Tensor, batch: SamplingBatch) -> None:
+    rows, tokens, values = upload(
+        (batch.bias_rows, batch.bias_tokens, batch.bias_values), device=logits.device
+    )
+    logits[rows, tokens] += values
+
+
+def _bar(logits: Tensor, batch: SamplingBatch) -> None:
+    known = (batch.barred_tokens >= 0) & (batch.barred_tokens < logits.shape[-1])
+    rows, tokens = upload(
+        (batch.barred_rows[known], batch.barred_tokens[known]), device=logits.device
+    )
+    logits.view(-1).index_fill_(0, rows * logits.shape[-1] + tokens, -torch.inf)
+
+
+def _penalise(logits: Tensor, batch: SamplingBatch, *, token_store: Tensor) -> None:
+    """By what each row holds; a token that it holds often is written as often, with one value."""
+    of_history = batch.penalty_rows[batch.history_rows]
+    slots, rows, places, is_output, repetition, presence, frequency = upload(
+        (
+            batch.history_slots,
+            of_history,
+            batch.history_rows,
+            batch.history_is_output.astype(np.int32),
+            batch.repetition[of_history],
+            batch.presence[of_history],
+            batch.frequency[of_history],
+        ),
+        device=logits.device,
+    )
+    num_tokens = logits.shape[-1]
+    tokens = token_store[slots].long()
+    index = places * num_tokens + tokens
+    counts = is_output.new_zeros(len(batch.penalty_rows) * num_tokens)
+    number = counts.scatter_add_(0, index, is_output)[index]
+    values = logits[rows, tokens]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= frequency * number
+    values -= presence * (number > 0)
+    logits[rows, tokens] = values
