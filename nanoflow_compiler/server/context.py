@@ -79,6 +79,7 @@ class ServerContext:
             try:
                 async for index, output in merged:
                     watches[index].see(output)
+                    _check_ends(output)
                     yield index, output
             finally:
                 await merged.aclose()
@@ -90,6 +91,14 @@ class ServerContext:
         async with aclosing(self.outputs(job)) as outputs:
             last = {index: output async for index, output in outputs}
         return [last[index] for index in range(len(job.prompts))]
+
+
+def _check_ends(output: Output) -> None:
+    """An engine may tell of a failed request by its end alone; to a client that is an error."""
+    if any(one.finish_reason == "error" for one in output.outputs):
+        raise ApiError(
+            "the engine failed on this request; its log says why", status=500, code="engine_error"
+        )
 
 
 def context_of(request: Request) -> ServerContext:

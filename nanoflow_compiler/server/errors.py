@@ -17,6 +17,7 @@ from nanoflow_compiler.errors import (
     EngineClosedError,
     EngineDeadError,
     NanoflowError,
+    OutOfBlocksError,
     PromptTooLongError,
     RequestError,
 )
@@ -36,6 +37,7 @@ ANSWERS: Sequence[tuple[type[Exception], "_Answer"]] = (
     (EngineDeadError, {"status": 503, "code": "engine_dead"}),
     (EngineClosedError, {"status": 503, "code": "engine_dead"}),
     (PromptTooLongError, {"code": "context_length_exceeded", "param": "prompt"}),
+    (OutOfBlocksError, {}),
     (RequestError, {}),
     (ConfigError, {}),
     (NanoflowError, {"status": 500}),

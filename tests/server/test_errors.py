@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from nanoflow_compiler import OutOfBlocksError
 from server.answers import error_of
-from server.fake_engine import FakeEngine
+from server.fake_engine import Completion, FakeEngine, Output
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +171,25 @@ async def test_a_bug_is_an_answer_too(api, caplog):
     assert "ZeroDivisionError: secret" in caplog.text
     answer = await api.http.post("/v1/completions", json={"prompt": "x", "stream": True})
     assert answer.status_code == 500
+
+
+async def test_a_request_that_the_engine_failed_on(api):
+    async def failing(prompt, *_, **__):
+        completion = Completion(0, "", (), "error", None, None)
+        yield Output(tuple(prompt["prompt_token_ids"]), (completion,), None, None)
+
+    api.engine.generate = failing
+    assert error_of(await api.complete(status=500))["code"] == "engine_error"
+    assert 'finished_reason="error"' in (await api.get("/metrics")).text
+
+
+async def test_a_prompt_that_the_cache_can_never_hold(api):
+    async def full(*_, **__):
+        raise OutOfBlocksError("the request needs 9 blocks, and there are 8")
+        yield
+
+    api.engine.generate = full
+    assert "9 blocks" in error_of(await api.complete(status=400))["message"]
 
 
 async def test_a_request_has_only_so_much_time(make_api):
