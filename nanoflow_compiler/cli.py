@@ -23,8 +23,8 @@ from nanoflow_compiler.errors import ConfigError, NanoflowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanoflow_compiler.engine.llm import Prompt
     from nanoflow_compiler.engine.outputs import RequestOutput
+    from nanoflow_compiler.engine.prompt import Prompt
 
 __all__ = ["app", "main"]
 

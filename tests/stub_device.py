@@ -1,4 +1,4 @@
-"""Devices without a model, which read what a step is given as a model would."""
+"""A device without a model, which reads what a step is given as a model would, and an engine on it."""
 
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.messages import EngineRequest
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.table import RequestTable
+
 PRIME = 1_000_003
+BLOCK, VOCABULARY, END = 4, 50, 3
 
 
 def next_token(tokens, *, vocab_size):
@@ -58,3 +66,38 @@ class StubDevice:
 
     def close(self):
         pass
+
+
+def make_core(*, num_slots=4, num_blocks=40, budget=16, most=40, cache=True):
+    table = RequestTable(
+        num_slots=num_slots, max_model_len=most, block_size=BLOCK, eos_token_ids=[END]
+    )
+    allocator = BlockAllocator(num_blocks, block_size=BLOCK, keep_unused=cache)
+    return EngineCore(
+        StubDevice(block_size=BLOCK, vocab_size=VOCABULARY),
+        batcher=Batcher(table, allocator, max_num_batched_tokens=budget),
+        max_model_len=most,
+        vocab_size=VOCABULARY,
+    )
+
+
+def make_request(key, prompt, *, group=None, **params):
+    return EngineRequest(
+        key=key,
+        request_id=str(key),
+        prompt_token_ids=prompt,
+        params=SamplingParams(temperature=0, **params),
+        group=key if group is None else group,
+    )
+
+
+def alone(request, *, most):
+    """The tokens of a request that has the device to itself, and why they end."""
+    tokens, params = list(request.prompt_token_ids), request.params
+    limit = min(most, len(tokens) + (params.max_tokens or most))
+    while len(tokens) < limit:
+        tokens.append(next_token(tokens, vocab_size=VOCABULARY))
+        is_end = tokens[-1] == END and not params.ignore_eos
+        if is_end or tokens[-1] in params.stop_token_ids:
+            return tokens[len(request.prompt_token_ids) :], "stop"
+    return tokens[len(request.prompt_token_ids) :], "length"

@@ -1,17 +1,15 @@
 """``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypedDict
+from typing import Literal, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoflow_compiler.config import CompileConfig
-from nanoflow_compiler.engine.batcher import Batcher
-from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.assemble import make_core
 from nanoflow_compiler.engine.core import EngineCore
 from nanoflow_compiler.engine.engine_config import (
     MAX_NUM_BATCHED_TOKENS,
@@ -20,27 +18,13 @@ from nanoflow_compiler.engine.engine_config import (
 )
 from nanoflow_compiler.engine.output_processor import Answer, OutputProcessor
 from nanoflow_compiler.engine.outputs import RequestOutput
-from nanoflow_compiler.engine.runner import EagerStep, ModelRunner, StepFn
+from nanoflow_compiler.engine.prompt import Prompt
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.engine.table import RequestTable
+from nanoflow_compiler.engine.served import Served
 from nanoflow_compiler.errors import ConfigError, EngineClosedError, RequestError
-from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
-from nanoflow_compiler.models import Decoder, load_decoder
-from nanoflow_compiler.models.decoder import eos_token_ids, max_model_len
-from nanoflow_compiler.models.hf import PackedDecoder
-from nanoflow_compiler.models.verify import verify_packed
-from nanoflow_compiler.models.weights import check_finite
+from nanoflow_compiler.models import Decoder
 
-__all__ = ["LLM", "Prompt", "TokensPrompt"]
-
-
-class TokensPrompt(TypedDict):
-    """A prompt that is tokenized already."""
-
-    prompt_token_ids: Sequence[int]
-
-
-Prompt = str | TokensPrompt
+__all__ = ["LLM"]
 
 
 class LLM:
@@ -70,7 +54,7 @@ class LLM:
                 f"tensor_parallel_size={tensor_parallel_size}: this engine runs on one device"
             )
         compile_config = CompileConfig.from_options(options)
-        served = _Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
+        served = Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
         config = EngineConfig(
             max_model_len=served.max_model_len if max_model_len is None else max_model_len,
             max_num_seqs=max_num_seqs,
@@ -80,22 +64,12 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
-        if config.max_model_len > served.max_model_len:
-            raise ConfigError(
-                f"max_model_len={config.max_model_len} is more than the {served.max_model_len} "
-                "tokens that the model's positions hold"
-            )
-        packed = PackedDecoder(served.model, max_length=config.max_model_len)
-        verify_packed(packed)
         self.config = config
         self.tokenizer = served.tokenizer
         self._path = served.path
         self._processor = OutputProcessor(served.tokenizer)
-        self._core: EngineCore | None = _make_core(
-            packed,
-            served=served,
-            config=config,
-            compile_config=None if enforce_eager else compile_config,
+        self._core: EngineCore | None = make_core(
+            served, config, compile_config=None if enforce_eager else compile_config
         )
 
     @property
@@ -185,100 +159,6 @@ class LLM:
             )
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         return ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """What the engine needs of a model, however the user named it."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    path: Path | None
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    loaded: bool
-    """Loaded here, so that no one can have changed its modules."""
-
-    @classmethod
-    def find(
-        cls,
-        model: str | Path | Decoder | PreTrainedModel,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None,
-        dtype: str | torch.dtype,
-        load_format: Literal["auto", "dummy"],
-    ) -> "_Served":
-        loaded = isinstance(model, str | Path)
-        if isinstance(model, str | Path):
-            model = load_decoder(model, dtype=dtype, load_format=load_format)
-        elif dtype != "auto" or load_format != "auto":
-            raise ConfigError(
-                "dtype and load_format are for models given by name; this one is loaded"
-            )
-        if isinstance(model, Decoder):
-            return cls(
-                model=model.model,
-                tokenizer=tokenizer or model.tokenizer,
-                path=model.path,
-                max_model_len=model.max_model_len,
-                eos_token_ids=model.eos_token_ids,
-                loaded=loaded,
-            )
-        if not isinstance(model, PreTrainedModel):
-            raise ConfigError(
-                "the model must be a name, a path or a model of transformers, not "
-                + type(model).__name__
-            )
-        check_finite(model, where=type(model).__name__)
-        return cls(
-            model=model,
-            tokenizer=tokenizer,
-            path=None,
-            max_model_len=max_model_len(model.config),
-            eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config),
-            loaded=False,
-        )
-
-
-def _make_core(
-    packed: PackedDecoder,
-    *,
-    served: _Served,
-    config: EngineConfig,
-    compile_config: CompileConfig | None,
-) -> EngineCore:
-    bytes_per_block = BLOCK_SIZE * sum(layer.bytes_per_token for layer in packed.layers)
-    usable = config.count_blocks(block_size=BLOCK_SIZE, bytes_per_block=bytes_per_block)
-    cache = KVCache.allocate(packed.layers, num_blocks=usable + 1, device=packed.device)
-    table = RequestTable(
-        num_slots=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        block_size=BLOCK_SIZE,
-        eos_token_ids=served.eos_token_ids,
-        seed=config.seed,
-    )
-    allocator = BlockAllocator(
-        usable + 1, block_size=BLOCK_SIZE, keep_unused=config.enable_prefix_caching
-    )
-    step = _make_step(packed, compile_config=compile_config, keep=served.loaded)
-    return EngineCore(
-        ModelRunner(step, cache=cache, num_slots=config.max_num_seqs),
-        batcher=Batcher(table, allocator, max_num_batched_tokens=config.max_num_batched_tokens),
-        max_model_len=config.max_model_len,
-        vocab_size=served.model.config.get_text_config().vocab_size,
-    )
-
-
-def _make_step(
-    packed: PackedDecoder, *, compile_config: CompileConfig | None, keep: bool
-) -> StepFn:
-    if compile_config is None:
-        return EagerStep(packed)
-    # Imported here, because an eager engine needs no compiler.
-    from nanoflow_compiler.packed import compile_packed
-
-    step: StepFn = compile_packed(packed, compile_config, keep=keep)
-    return step
 
 
 def _one_per_prompt(

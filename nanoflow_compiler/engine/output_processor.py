@@ -78,6 +78,11 @@ class Answer:
     def finished(self) -> bool:
         return all(completion.finish_reason for completion in self.completions)
 
+    def abort(self) -> None:
+        """End what has not ended."""
+        for completion in self.completions:
+            completion.finish_reason = completion.finish_reason or "abort"
+
     def output(self) -> RequestOutput:
         """As it is now."""
         return RequestOutput(

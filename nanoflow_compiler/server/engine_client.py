@@ -9,7 +9,7 @@ from nanoflow_compiler.engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanoflow_compiler.engine.llm import TokensPrompt
+    from nanoflow_compiler.engine.prompt import TokensPrompt
 
 __all__ = ["Completion", "EngineClient", "EngineStats", "Output", "TokenLogprobs"]
 
@@ -103,7 +103,8 @@ class EngineClient(Protocol):
     ) -> AsyncGenerator[Output, None]:
         """Closing it early aborts the request. Outputs that nobody fetched yet may be skipped.
 
-        Raises RequestError and ConfigError before the first output, EngineDeadError at any time.
+        Raises RequestError, OutOfBlocksError and ConfigError before the first output, and
+        EngineDeadError at any time.
         """
 
     async def abort(self, request_id: str) -> None:
