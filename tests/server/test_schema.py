@@ -11,13 +11,17 @@ from server.fake_engine import FakeEngine
 
 app = create_app(FakeEngine(max_model_len=64), ServerSettings())
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-quick = settings(
-    max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+common = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@pytest.mark.timeout(120)
 @schema.parametrize()
-@quick
+@settings(max_examples=5, **common)
 def test_no_server_error(case):
+    case.call_and_validate(checks=[not_a_server_error])
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=50, **common)
+def test_no_server_error_in_many_examples(case):
     case.call_and_validate(checks=[not_a_server_error])
