@@ -52,6 +52,11 @@ def test_tokens_without_weight_are_never_drawn(count):
     assert draw_at(logits, [0.0, 0.3, BELOW_1]) == [count // 2] * 3
 
 
+def test_the_last_point_rounds_to_no_token_beyond():
+    # So many tokens that float64 rounds this fraction of their weight up to the whole.
+    assert draw_at([0.0] * 2**15 + [-math.inf] * 2000, [BELOW_1]) == [2**15 - 1]
+
+
 def test_the_limits_of_other_rows_change_nothing():
     # Three equals at the limit of 2: top_p counts two of them, and all three stay.
     logits = [2.0, 1.0, 1.0, 1.0, 0.0, -1.0]
@@ -75,6 +80,7 @@ def test_each_limit_is_of_what_the_one_before_it_kept():
         (2, {"min_p": 0.2, "top_k": 2}),
         (1, {"min_p": 0.2, "top_k": 2, "top_p": 0.66}),
         (2, {"min_p": 0.2, "top_k": 2, "top_p": 0.67}),
+        (2, {"min_p": 0.2, "top_p": 0.82}),
         (2, {"top_p": 0.55}),
         (1, {"top_p": 0.53}),
     ):
