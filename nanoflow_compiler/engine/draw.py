@@ -84,9 +84,8 @@ def _invert(scaled: Tensor, uniform: Tensor) -> Tensor:
     chunks = weights.view(num_rows, num_chunks, NUM_CHUNK_TOKENS)
     own = chunks.sum(-1)
     sums = own.cumsum(-1)
+    # Below the total, however it is rounded, because the largest number below 1 is 1 - 2**-53.
     target = (uniform * sums[:, -1:]).long()
-    # The product may round up to the total, which no sum passes.
-    target = torch.minimum(target, sums[:, -1:] - 1)
     # Clamped for rows without a number, which must not read outside.
     chunk = torch.searchsorted(sums, target, right=True).clamp(max=num_chunks - 1)
     left = target - (sums - own).gather(-1, chunk)

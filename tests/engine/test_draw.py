@@ -52,9 +52,11 @@ def test_tokens_without_weight_are_never_drawn(count):
     assert draw_at(logits, [0.0, 0.3, BELOW_1]) == [count // 2] * 3
 
 
-def test_the_last_point_rounds_to_no_token_beyond():
-    # So many tokens that float64 rounds this fraction of their weight up to the whole.
-    assert draw_at([0.0] * 2**15 + [-math.inf] * 2000, [BELOW_1]) == [2**15 - 1]
+@pytest.mark.parametrize("count", [2**13, 2**14 - 3, 2**14, 2**14 + 1, 2**15 + 12345, 2**18 - 1])
+def test_the_last_point_is_below_the_whole_weight(count):
+    # Beyond 2**13 tokens, float64 cannot hold the sum of weights exactly.
+    logits = [0.0] * count + [-0.1, -math.inf, -math.inf]
+    assert draw_at(logits, [BELOW_1]) == [count]
 
 
 def test_the_limits_of_other_rows_change_nothing():
