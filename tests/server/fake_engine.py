@@ -9,6 +9,7 @@ from tiny_tokenizers import byte_tokenizer
 
 FIRST_BYTE = 3
 EOS = 2
+MOST_TOKENS = 200
 CHAT_TEMPLATE = """
 {%- if tools %}{{ "<tool_call> tools: " ~ (tools | tojson) ~ "\\n" }}{% endif %}
 {%- for message in messages %}
@@ -126,7 +127,7 @@ class _Row:
             self.script = [*engine.tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
         self.source = repr((prompt, params.seed, index)).encode()
         room = engine.max_model_len - len(prompt)
-        self.most = room if params.max_tokens is None else min(room, params.max_tokens)
+        self.most = min(room, MOST_TOKENS if params.max_tokens is None else params.max_tokens)
         self.tokens, self.text = [], ""
         self.finish_reason = self.stop_reason = None
 
