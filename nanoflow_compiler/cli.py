@@ -120,6 +120,75 @@ def check(
             _print_report(model, dtype=dtype, **loading)
 
 
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 is all of this machine's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Clients must send one of these; may be repeated.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Names that requests may use; may be repeated.")
+    ] = None,
+    dtype: Dtype = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and answer, tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests at the same time.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 64 tokens.")] = None,
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of KV cache.")] = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Keep blocks for prompts that begin alike.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="For requests without one.")] = 0,
+    max_open_requests: Annotated[
+        int | None, typer.Option(help="More are answered with 503.")
+    ] = None,
+    request_timeout_s: Annotated[float | None, typer.Option(help="Of a whole request.")] = None,
+    shutdown_timeout_s: Annotated[
+        float | None, typer.Option(help="After SIGTERM, until requests are aborted.")
+    ] = None,
+    allowed_origin: Annotated[list[str] | None, typer.Option(help="CORS; may be repeated.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Where a proxy shows the server.")] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="auto, hermes, llama3_json or none.")
+    ] = None,
+    disable_docs: Annotated[bool, typer.Option("--disable-docs", help="No /openapi.json.")] = False,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Do not compile.")] = False,
+    parts: Annotated[str, typer.Option(help="Nano-batches of each operation, or auto.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="codegen or reference.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does."""
+    server = _given(
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        served_model_names=tuple(served_model_name or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        max_open_requests=max_open_requests,
+        request_timeout_s=request_timeout_s,
+        shutdown_timeout_s=shutdown_timeout_s,
+        root_path=root_path,
+        tool_call_parser=tool_call_parser,
+        disable_docs=disable_docs,
+    )
+    engine = _given(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_kv_blocks=num_kv_blocks,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        enable_prefix_caching=enable_prefix_caching,
+        seed=seed,
+    )
+    options = _given(parts=_parse_parts(parts), backend=backend)
+    with _errors_as_one_line(verbose=verbose):
+        _serve(model, dtype, engine, options, server, enforce_eager=enforce_eager)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="nanoflow")
@@ -159,6 +228,35 @@ def _generate(
             outputs = llm.generate(requests, params)
     _print_answers(prompts, outputs)
     _print_speed(outputs, seconds)
+
+
+def _serve(
+    model: str,
+    dtype: str,
+    engine: dict[str, Any],
+    options: dict[str, Any],
+    server: dict[str, Any],
+    *,
+    enforce_eager: bool,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        from nanoflow_compiler.serve import ServeConfig, serve_model
+        from nanoflow_compiler.server.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is missing; install it with: pip install 'nanoflow-compiler[server]'"
+        ) from error
+    serve_model(
+        ServeConfig(
+            model=model,
+            dtype=dtype,
+            enforce_eager=enforce_eager,
+            engine=engine,
+            options=options,
+            server=ServerSettings(**server),
+        )
+    )
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_sizes_of_the_engine_are_options_of_llm():
     assert {field.name for field in fields(EngineConfig)} <= parameters(LLM.__init__).keys()
 
 
-@pytest.mark.parametrize("command", ["generate", "check"])
+@pytest.mark.parametrize("command", ["generate", "check", "serve"])
 def test_flags_are_those_of_the_table(command):
     defaults = parameters(getattr(cli, command))
     flags = {
@@ -102,7 +102,7 @@ def test_flags_are_those_of_the_table(command):
 
 
 def test_the_table_has_no_other_commands():
-    assert set(get_command(cli.app).commands) == {"generate", "check"}
+    assert set(get_command(cli.app).commands) == {"generate", "check", "serve"}
 
 
 def _flag(option):

@@ -18,8 +18,14 @@ from nanoflow_compiler.engine.messages import (
 from nanoflow_compiler.engine.runner import ModelRunner
 from nanoflow_compiler.engine.sampler import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.engine.table import EMPTY, Ints, RequestTable
-from nanoflow_compiler.errors import EmptyPromptError, PromptTooLongError, RequestError
+from nanoflow_compiler.errors import (
+    ConfigError,
+    EmptyPromptError,
+    PromptTooLongError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -75,6 +81,8 @@ class EngineCore:
         One that could never run is refused with a :class:`RequestError` or :class:`OutOfBlocksError`.
         """
         num_prompt = _checked(request.prompt_token_ids, vocab_size=self.vocab_size)
+        request.params.check_vocabulary(self.vocab_size)
+        _check_offered(request.params)
         room = self.max_model_len - num_prompt
         if room < 1:
             raise PromptTooLongError(
@@ -188,6 +196,19 @@ class EngineCore:
         for slot in gone.tolist():
             self.batcher.release(slot)
         return reasons, stop_reasons
+
+
+_PLAIN = SamplingParams()
+_NOT_OFFERED = ("prompt_logprobs", "structured_outputs")
+
+
+def _check_offered(params: SamplingParams) -> None:
+    for name in _NOT_OFFERED:
+        value = getattr(params, name)
+        if value != getattr(_PLAIN, name):
+            raise ConfigError(
+                f"{name}={value!r:.80}: the engine does not offer this yet; leave it out"
+            )
 
 
 def _checked(token_ids: Sequence[int], *, vocab_size: int) -> int:

@@ -89,8 +89,6 @@ class LLM:
         core = self._open_core()
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _one_per_prompt(sampling_params, num_prompts=len(listed))
-        for one in params:
-            _check_offered(one)
         answers = [
             self._answer(prompt, one, request_id=str(index))
             for index, (prompt, one) in enumerate(zip(listed, params, strict=True))
@@ -173,14 +171,3 @@ def _one_per_prompt(
             f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
         )
     return params
-
-
-_PLAIN = SamplingParams()
-_NOT_OFFERED = ("prompt_logprobs", "structured_outputs")
-
-
-def _check_offered(params: SamplingParams) -> None:
-    for name in _NOT_OFFERED:
-        value = getattr(params, name)
-        if value != getattr(_PLAIN, name):
-            raise ConfigError(f"{name}={value!r:.80}: LLM does not offer this yet; leave it out")

@@ -217,5 +217,5 @@ def _import_xgrammar() -> Any:
         return importlib.import_module("xgrammar")
     except ImportError as error:
         raise ConfigError(
-            "structured outputs need xgrammar: pip install nanoflow-compiler[server]"
+            "structured outputs need xgrammar: pip install nanoflow-compiler[structured]"
         ) from error

@@ -167,7 +167,9 @@ def test_prompts_are_checked_before_any_runs(llm):
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(llm, asked):
-    with pytest.raises(ConfigError, match=f"{next(iter(asked))}=.*LLM does not offer this yet"):
+    with pytest.raises(
+        ConfigError, match=f"{next(iter(asked))}=.*the engine does not offer this yet"
+    ):
         llm.generate("a", SamplingParams(**asked))
 
 
