@@ -29,6 +29,8 @@ def pytest_configure():
 def pytest_collection_modifyitems(config, items):
     run_slow = config.getoption("--slow") or "slow" in config.getoption("-m")
     num_gpus = torch.cuda.device_count()
+    # The longest first, so that they are not what one worker is left with at the end.
+    items.sort(key=lambda item: item.path.name != "test_smollm2.py")
     for item in items:
         if "slow" in item.keywords and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))
