@@ -139,6 +139,16 @@ class Batcher:
         self.allocator.release(self.table.take_blocks(slot))
         self.table.remove(slot)
 
+    def reset(self) -> None:
+        """Drop all requests, and all that is cached: a step failed, and what it stored is not known."""
+        self.waiting.clear()
+        for slot in [*self.queued, *self.running.tolist()]:
+            self.allocator.release(self.table.take_blocks(slot))
+            self.table.remove(slot)
+        self.queued.clear()
+        self.running = _NONE
+        self.allocator.forget_names()
+
     def name_blocks(self, slots: Ints) -> None:
         """Let others find the blocks that are full of computed tokens with known values."""
         table, size = self.table, self.allocator.block_size

@@ -104,6 +104,13 @@ class BlockAllocator:
             self._by_name[name] = block
             self._names[block] = name
 
+    def forget_names(self) -> None:
+        """Nobody knows any more what the blocks hold."""
+        self._names.clear()
+        self._by_name.clear()
+        self._free.extend(self._cached)
+        self._cached.clear()
+
     def release(self, blocks: Sequence[int]) -> None:
         """One user less of each; the last block of a request is the first that the cache gives up."""
         for block in reversed(blocks):

@@ -102,12 +102,21 @@ class EngineCore:
         self.batcher.drop_waiting(set(keys))
 
     def step(self) -> StepOutput | None:
-        """Submit the next step, then tell what the one before it found; None if there was none."""
-        before, self._under_way = self._under_way, self._submit()
-        if before is None:
-            assert self._under_way or not self.batcher.has_requests, "requests wait for nothing"
-            return None
-        return self._collect(before)
+        """Submit the next step, then tell what the one before it found; None if there was none.
+
+        When a step fails, all requests are dropped: each has keys and values that were not stored.
+        """
+        before = self._under_way
+        try:
+            self._under_way = self._submit()
+            if before is None:
+                assert self._under_way or not self.batcher.has_requests, "requests wait for nothing"
+                return None
+            return self._collect(before)
+        except BaseException:
+            self._under_way = None
+            self.batcher.reset()
+            raise
 
     def stats(self) -> EngineStats:
         """Counts for people and dashboards."""
@@ -149,12 +158,8 @@ class EngineCore:
 
     def _collect(self, step: _UnderWay) -> StepOutput:
         batch, table = step.batch, self.table
-        try:
-            sampled = step.sampled.result()
-            tokens = sampled.tokens.cpu().numpy()
-        except BaseException:
-            self._under_way = None  # it builds on what failed
-            raise
+        sampled = step.sampled.result()
+        tokens = sampled.tokens.cpu().numpy()
         # The others ended, or were aborted, after this step had been submitted.
         alive = table.keys[batch.slots] == batch.keys
         slots, tokens = batch.slots[alive], tokens[alive]

@@ -235,12 +235,22 @@ def test_an_error_inside_a_step_leaves_no_request_behind(llm, monkeypatch):
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(llm._core.runner.step, "model", fail)
-    with pytest.raises(RuntimeError, match="boom"):
-        llm.generate(["a", "b"], GREEDY)
+    prompts = [
+        "a prompt of more than one block, of which nothing is stored when the step fails",
+        "b",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._core.runner.step, "model", fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            llm.generate(prompts, GREEDY)
     assert not llm._core.has_requests
     allocator = llm._core.batcher.allocator
     assert allocator.num_free == allocator.num_usable
+    # Nor what looks like the start of a prompt in the prefix cache.
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+    ids = [list(output.prompt_token_ids) for output in outputs]
+    assert tokens_of(outputs) == reference(llama(vocab_size=300), ids, max_tokens=12)
 
 
 def test_settings_are_checked():
