@@ -118,7 +118,7 @@ def test_without_xgrammar_it_says_what_to_install(monkeypatch, tokenizer):
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"pip install nanoflow-compiler\[server\]"):
+    with pytest.raises(ConfigError, match=r"pip install nanoflow-compiler\[structured\]"):
         GrammarCompiler(tokenizer, vocab_size=VOCAB, eos_token_ids=[EOS])
 
 
