@@ -87,8 +87,19 @@ class ModelRunner:
     """
 
     def __init__(
-        self, step: StepFn, *, cache: KVCache, num_slots: int, cut: CutFn = even_cuts
+        self,
+        step: StepFn,
+        *,
+        cache: KVCache,
+        num_slots: int,
+        cut: CutFn = even_cuts,
+        is_threaded: bool | None = None,
     ) -> None:
+        """``is_threaded``: steps run in a thread of their own; by default not on a CPU.
+
+        There every thread that computes has a team of OpenMP threads, and as soon as the teams
+        outnumber the cores libgomp no longer spins at barriers: decode took three times as long.
+        """
         self.step = step
         self.cache = cache
         self.cut = cut
@@ -97,15 +108,24 @@ class ModelRunner:
             cache.num_blocks * BLOCK_SIZE, dtype=torch.int64, device=cache.device
         )
         """The token behind each stored key and value: what penalties look back at."""
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device")
+        threaded = cache.device.type != "cpu" if is_threaded is None else is_threaded
+        self._worker = (
+            ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device") if threaded else None
+        )
 
     def submit(self, batch: Batch, sampling: SamplingBatch) -> "Future[Sampled]":
         """What the batch samples, when it has; rows of logits are those of ``batch.rows``."""
-        return self._worker.submit(self._run, self._prepare(batch, sampling))
+        prepared = self._prepare(batch, sampling)
+        if self._worker is not None:
+            return self._worker.submit(self._run, prepared)
+        done: Future[Sampled] = Future()
+        done.set_result(self._run(prepared))
+        return done
 
     def close(self) -> None:
         """Wait for what was submitted, and release the step."""
-        self._worker.shutdown()
+        if self._worker is not None:
+            self._worker.shutdown()
         self.step.close()
 
     def _prepare(self, batch: Batch, sampling: SamplingBatch) -> PreparedStep:

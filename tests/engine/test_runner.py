@@ -193,7 +193,7 @@ def test_steps_run_in_order_and_nobody_waits(packed):
         order.append(len(arguments[0]))
         return packed(*arguments[:3])
 
-    runner = make_runner(EagerStep(step), packed)
+    runner = make_runner(EagerStep(step), packed, is_threaded=True)
     runner.step.step = step
     futures = []
     for size in (3, 2, 1):
