@@ -8,9 +8,11 @@ from nanoflow_compiler.engine.sampling_params import SamplingParams
 
 __all__ = [
     "NO_TOKEN",
+    "STEP_TOKEN_BUCKETS",
     "EngineRequest",
     "EngineStats",
     "FinishReason",
+    "RequestTimes",
     "StepOutput",
     "TokenLogprobs",
 ]
@@ -19,6 +21,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 NO_TOKEN = -1
 """In :attr:`StepOutput.tokens`, of a request that ended without one."""
+
+
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of :attr:`EngineStats.step_tokens`; one more bucket is for larger steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """How long a request took to its first token."""
+
+    queued_s: float
+    """Until its first tokens were in a step."""
+    prefill_s: float
+    """From then until the first token was known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """Requests that got a token in one step, or ended; the rest is sparse, by key."""
 
@@ -58,6 +74,8 @@ class StepOutput:
     """The entry of ``stop_token_ids`` that ended a request."""
     num_cached_tokens: dict[int, int] = field(default_factory=dict)
     """Prompt tokens that were not computed, told with the first token."""
+    times: dict[int, RequestTimes] = field(default_factory=dict)
+    """Told with the first token."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
@@ -81,3 +99,7 @@ class EngineStats:
     num_cache_hits: int
     """Prompt tokens that were found there."""
     num_steps: int
+    num_batched_tokens: int = 0
+    """Tokens of all steps."""
+    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKEN_BUCKETS) + 1)
+    """Steps by their number of tokens: each bucket counts those up to its bound and above the last."""

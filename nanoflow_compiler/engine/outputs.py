@@ -1,8 +1,8 @@
 """What the engine returns; names are vLLM's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from nanoflow_compiler.engine.messages import FinishReason, TokenLogprobs
+from nanoflow_compiler.engine.messages import FinishReason, RequestTimes, TokenLogprobs
 
 __all__ = ["CompletionOutput", "RequestOutput"]
 
@@ -36,5 +36,7 @@ class RequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     """Prompt tokens that the first completion found in the prefix cache."""
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = field(default=None)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Of each prompt token but the first, if they were asked for."""
+    times: RequestTimes | None = None
+    """Of the first completion."""
