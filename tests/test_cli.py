@@ -1,13 +1,12 @@
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
 import nanoflow_compiler
-from nanoflow_compiler.cli import app
+from nanoflow_compiler.cli import app, check
 from nanoflow_compiler.errors import NanoflowError
 
 NANOFLOW = [sys.executable, "-c", "from nanoflow_compiler.cli import main; main()"]
@@ -163,9 +162,8 @@ def test_other_errors_keep_their_traceback(llm, monkeypatch):
 
 
 def test_check_names_what_is_there_and_what_is_not(monkeypatch):
-    cli = import_module("nanoflow_compiler.cli")
-    monkeypatch.setattr(cli, "OPTIONAL_PACKAGES", {"no-such-package": "some use"})
-    monkeypatch.setattr(cli.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(check, "OPTIONAL_PACKAGES", {"no-such-package": "some use"})
+    monkeypatch.setattr(check.shutil, "which", lambda _name: None)
     result = run("check", env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert "absent (some use)" in result.stdout
