@@ -49,7 +49,11 @@ def _context(engine: EngineClient, settings: ServerSettings) -> ServerContext:
         settings=settings,
         codec=TextCodec(engine.tokenizer, max_model_len=engine.max_model_len),
         admission=Admission(max_open=settings.max_open_requests),
-        metrics=Metrics(model_name=names[0]),
+        metrics=Metrics(
+            model_name=names[0],
+            max_model_len=engine.max_model_len,
+            prefix=settings.metrics_prefix,
+        ),
         tool_parser=_tool_parser(engine, settings),
     )
 

@@ -51,6 +51,7 @@ async def _whole(call: ChatCall) -> ChatResponse:
         ],
         usage=usage_of(last),
         prompt_logprobs=call.writer.prompt(prompt_logprobs) if prompt_logprobs else None,
+        prompt_token_ids=output.prompt_token_ids if call.body.return_token_ids else UNSET,
     )
 
 
@@ -62,7 +63,7 @@ async def _events(call: ChatCall) -> AsyncGenerator[bytes, None]:
         async for prompt, output in outputs:
             if not last:
                 for index in call.job.indices:
-                    yield sse(call.chunk([writers[index].first(index)]))
+                    yield sse(call.first_chunk(writers[index].first(index)))
             last[prompt] = output
             for one in output.outputs:
                 choice = writers[one.index].advance(one)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from nanoflow_compiler.server.chat_prompt import ChatPrompt
 from nanoflow_compiler.server.context import Job, ServerContext
@@ -47,10 +47,18 @@ class ChatCall:
             usage=usage,
         )
 
+    def first_chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        """Says who speaks, and what was read if the client asked for that."""
+        chunk = self.chunk([choice])
+        if not self.body.return_token_ids or choice.index:
+            return chunk
+        return structs.replace(chunk, prompt_token_ids=self.job.prompts[0])
+
 
 async def prepare(context: ServerContext, body: ChatRequest, request_id: str) -> ChatCall:
     """400 or 404 where the request cannot run."""
     _check(body)
+    _check_tools(context, body)
     model = context.check_model(body.model)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = make_params(
@@ -65,8 +73,7 @@ async def prepare(context: ServerContext, body: ChatRequest, request_id: str) ->
     tokens = await chat_tokens(
         context, _chat_prompt(body, tools), add_special_tokens=body.add_special_tokens
     )
-    most = context.engine.max_model_len
-    tokens = truncated(tokens, body.truncate_prompt_tokens, most=most)
+    tokens = truncated(tokens, body, max_tokens=limit, most=context.engine.max_model_len)
     return ChatCall(
         context=context,
         body=body,
@@ -90,8 +97,18 @@ def _check(body: ChatRequest) -> None:
         raise ApiError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+
+
+def _check_tools(context: ServerContext, body: ChatRequest) -> None:
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
         raise ApiError("tool_choice needs tools to choose from", param="tool_choice")
+    if body.tools and body.tool_choice in (None, "auto") and context.tool_parser is None:
+        raise ApiError(
+            "this server does not know how the model writes tool calls: start it with "
+            "--tool-call-parser hermes or llama3_json, or send tool_choice required or none",
+            param="tools",
+            code="unsupported_parameter",
+        )
 
 
 def _chat_prompt(body: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
@@ -101,8 +118,14 @@ def _chat_prompt(body: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        template_kwargs=body.chat_template_kwargs,
+        template_kwargs=_effort(body) | (body.chat_template_kwargs or {}),
     )
+
+
+def _effort(body: ChatRequest) -> dict[str, Any]:
+    """Under the names that templates of reasoning models know; to others they are nothing."""
+    effort = body.reasoning_effort
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"} if effort else {}
 
 
 def _parser(context: ServerContext, body: ChatRequest) -> ToolParser | None:

@@ -24,7 +24,7 @@ class ChatChoiceWriter:
 
     def __init__(self, call: ChatCall) -> None:
         self._call = call
-        self._cursor = DeltaCursor(call.job.params)
+        self._cursor = DeltaCursor(call.job.params, interval=call.context.interval(call.body))
         self._text = ""
         self._num_content = 0
         self._num_calls = 0
@@ -45,6 +45,7 @@ class ChatChoiceWriter:
             logprobs=self._logprobs(delta),
             finish_reason=self._finish_reason(delta),
             stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self._call.body.return_token_ids else UNSET,
         )
 
     def whole(self, completion: Completion) -> ChatChoice:
@@ -60,6 +61,7 @@ class ChatChoiceWriter:
             logprobs=self._logprobs(delta),
             finish_reason=self._finish_reason(delta),
             stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self._call.body.return_token_ids else UNSET,
         )
 
     def _read(self, delta: Delta) -> tuple[str, list[ToolCallOut]]:

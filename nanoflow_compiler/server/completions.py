@@ -141,7 +141,7 @@ class _ChoiceWriter:
     def __init__(self, call: _Call, prompt: int) -> None:
         self._call = call
         self._prompt = prompt
-        self._cursor = DeltaCursor(call.job.params)
+        self._cursor = DeltaCursor(call.job.params, interval=call.context.interval(call.body))
         self._is_first = True
         self._offset = 0
 
@@ -158,6 +158,10 @@ class _ChoiceWriter:
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             prompt_logprobs=self._prompt_logprobs(output),
+            token_ids=delta.token_ids if body.return_token_ids else UNSET,
+            prompt_token_ids=(
+                output.prompt_token_ids if body.return_token_ids and self._is_first else UNSET
+            ),
         )
         self._is_first = False
         return choice

@@ -1,24 +1,30 @@
 """What every endpoint works with."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
 
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.errors import ConfigError, OutOfBlocksError, RequestError
 from nanoflow_compiler.server.admission import Admission
 from nanoflow_compiler.server.engine_client import EngineClient, Output
 from nanoflow_compiler.server.errors import ApiError
 from nanoflow_compiler.server.merging import merge
 from nanoflow_compiler.server.metrics import Metrics
+from nanoflow_compiler.server.protocol import GenerationRequest
+from nanoflow_compiler.server.request_watch import RequestWatch
 from nanoflow_compiler.server.settings import ServerSettings
 from nanoflow_compiler.server.text import TextCodec
 from nanoflow_compiler.server.tool_calls import ToolParser
 
 __all__ = ["Job", "ServerContext", "context_of"]
+
+REFUSALS = (RequestError, OutOfBlocksError, ConfigError)
+"""The engine did not take the request: that is no end of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,33 +70,51 @@ class ServerContext:
             )
         return name or self.model_names[0]
 
+    def interval(self, body: GenerationRequest) -> int:
+        """Tokens in a chunk of a stream: a request may ask for more than the server's, not for less."""
+        return max(self.settings.stream_interval, body.stream_interval)
+
     async def outputs(self, job: Job) -> AsyncGenerator[tuple[int, Output], None]:
         """Outputs with the index of their prompt; closing it aborts what still runs."""
         names = [f"{job.request_id}-{i}" for i in range(len(job.prompts))]
-        with self.admission.open(names, num_each=job.params.n) as ids:
-            watches = [self.metrics.watch(name, arrival=job.arrival) for name in ids]
+        with (
+            self.admission.open(names, num_each=job.params.n) as ids,
+            self._watching(job, ids) as watches,
+        ):
             streams = [
                 self.engine.generate(
                     {"prompt_token_ids": tokens}, job.params, request_id=request_id
                 )
                 for tokens, request_id in zip(job.prompts, ids, strict=True)
             ]
-            merged = merge(streams)
-            try:
+            async with aclosing(merge(streams)) as merged:
                 async for index, output in merged:
                     watches[index].see(output)
                     _check_ends(output)
                     yield index, output
-            finally:
-                await merged.aclose()
-                for watch in watches:
-                    watch.close()
 
     async def last_outputs(self, job: Job) -> list[Output]:
         """The final output of each prompt."""
         async with aclosing(self.outputs(job)) as outputs:
             last = {index: output async for index, output in outputs}
         return [last[index] for index in range(len(job.prompts))]
+
+    @contextmanager
+    def _watching(self, job: Job, ids: Sequence[str]) -> Iterator[list[RequestWatch]]:
+        """One watch for each prompt; what did not end by itself ends with the job."""
+        watches = [
+            RequestWatch(self.metrics, name, arrival=job.arrival, prompt=prompt, params=job.params)
+            for name, prompt in zip(ids, job.prompts, strict=True)
+        ]
+        reason = "abort"
+        try:
+            yield watches
+        except Exception as error:
+            reason = "refused" if isinstance(error, REFUSALS) else "error"
+            raise
+        finally:
+            for watch in watches:
+                watch.close(reason)
 
 
 def _check_ends(output: Output) -> None:

@@ -23,17 +23,19 @@ class Delta:
 class DeltaCursor:
     """Remembers how much of one completion was sent."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, *, interval: int = 1) -> None:
+        """After its first token, a completion waits for ``interval`` more before it goes on."""
+        self._interval = interval
         self._stops = () if params.include_stop_str_in_output else params.stop_strings
         self._num_characters = 0
         self._num_tokens = 0
         self._is_finished = False
 
     def advance(self, completion: Completion) -> Delta | None:
-        """None where nothing is new; a token without text is."""
-        if self._is_finished or not (
-            completion.finish_reason or len(completion.token_ids) > self._num_tokens
-        ):
+        """None where too little is new; a token without text is something."""
+        num_new = len(completion.token_ids) - self._num_tokens
+        enough = self._interval if self._num_tokens else 1
+        if self._is_finished or not (completion.finish_reason or num_new >= enough):
             return None
         end = len(completion.text)
         if completion.finish_reason is None:

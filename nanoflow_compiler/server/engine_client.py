@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from nanoflow_compiler.engine.prompt import TokensPrompt
 
-__all__ = ["Completion", "EngineClient", "EngineStats", "Output", "TokenLogprobs"]
+__all__ = ["Completion", "EngineClient", "EngineStats", "Output", "RequestTimes", "TokenLogprobs"]
 
 
 class TokenLogprobs(Protocol):
@@ -24,6 +24,18 @@ class TokenLogprobs(Protocol):
     @property
     def rank(self) -> int:
         """Of the token that is there; the most likely one has rank 1."""
+
+
+class RequestTimes(Protocol):
+    """How long a request took to its first token."""
+
+    @property
+    def queued_s(self) -> float:
+        """From its arrival in the engine until its first tokens were in a step."""
+
+    @property
+    def prefill_s(self) -> float:
+        """From then until the first token."""
 
 
 class EngineStats(Protocol):
@@ -46,6 +58,14 @@ class EngineStats(Protocol):
     @property
     def num_cache_hits(self) -> int:
         """Prompt tokens that were found there."""
+
+    @property
+    def num_batched_tokens(self) -> int:
+        """Tokens of all steps."""
+
+    @property
+    def step_tokens(self) -> Sequence[int]:
+        """Steps by their size: one count for each of ``STEP_TOKEN_BUCKETS``, one for larger ones."""
 
 
 class Completion(Protocol):
@@ -83,6 +103,9 @@ class Output(Protocol):
     def num_cached_tokens(self) -> int | None: ...
     @property
     def prompt_logprobs(self) -> Sequence[TokenLogprobs | None] | None: ...
+    @property
+    def times(self) -> RequestTimes | None:
+        """Of the first completion, known with the first output that has a token."""
 
 
 class EngineClient(Protocol):
@@ -103,8 +126,8 @@ class EngineClient(Protocol):
     ) -> AsyncGenerator[Output, None]:
         """Closing it early aborts the request. Outputs that nobody fetched yet may be skipped.
 
-        Raises RequestError, OutOfBlocksError and ConfigError before the first output, and
-        EngineDeadError at any time.
+        Raises OutOfBlocksError and ConfigError before the first output; RequestError, where only
+        this request failed, and EngineDeadError at any time.
         """
 
     async def abort(self, request_id: str) -> None:

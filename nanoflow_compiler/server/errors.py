@@ -44,6 +44,14 @@ ANSWERS: Sequence[tuple[type[Exception], "_Answer"]] = (
     (TimeoutError, {"status": 504, "code": "timeout"}),
 )
 """The first one that fits."""
+EXPECTED = {
+    "prompt": "a text, a list of token ids, or a list of either",
+    "stop": "a text, or a list of at most 128",
+    "tool_choice": (
+        '"none", "auto", "required", or {"type": "function", "function": {"name": ...}}'
+    ),
+}
+"""Of fields that may be one of several things: what each of them failed on says little."""
 TIMED_OUT = "the request took longer than this server allows; ask for fewer tokens"
 
 
@@ -122,6 +130,8 @@ def _refused_body(error: RequestValidationError) -> ApiError:
         return ApiError(f"the body is not JSON: {first['ctx']['error']} at character {place[0]}")
     if not place:
         return ApiError("the body must be a JSON object, with content-type application/json")
+    if place[0] in EXPECTED and first["type"] != "missing":
+        return ApiError(f"{place[0]} must be {EXPECTED[place[0]]}", param=place[0])
     return ApiError(f"{'.'.join(place)}: {first['msg']}", param=place[0])
 
 

@@ -15,7 +15,7 @@ from nanoflow_compiler.server.request_ids import GOOD_ID
 
 __all__ = ["ApiKeyMiddleware", "RequestIdMiddleware", "SizeLimitMiddleware"]
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/load", "/metrics", "/ping", "/version"})
 MOST_DRAINED = 4
 """A body up to this many times the limit is read and dropped: a client that is still sending when the
 connection closes would see a broken pipe instead of the answer."""

@@ -7,7 +7,7 @@ from typing import cast
 from nanoflow_compiler.server.chat_prompt import ChatPrompt, render
 from nanoflow_compiler.server.context import ServerContext
 from nanoflow_compiler.server.errors import ApiError
-from nanoflow_compiler.server.protocol import CompletionRequest
+from nanoflow_compiler.server.protocol import CompletionRequest, GenerationRequest
 
 __all__ = ["TokenizedPrompt", "chat_tokens", "listed_prompts", "tokenize_prompt", "truncated"]
 
@@ -31,12 +31,19 @@ async def chat_tokens(
     return await codec.encode(text, add_special_tokens=add_special_tokens)
 
 
-def truncated(tokens: list[int], wanted: int | None, *, most: int) -> list[int]:
-    """The last tokens; -1 keeps as many as the model holds beside one of the answer."""
-    if wanted is None:
+def truncated(
+    tokens: list[int], body: GenerationRequest, *, max_tokens: int | None, most: int
+) -> list[int]:
+    """The first or last tokens; -1 keeps as many as the model holds beside the answer."""
+    kept = body.truncate_prompt_tokens
+    if kept is None:
         return tokens
-    kept = most - 1 if wanted == -1 else wanted
-    return tokens[max(0, len(tokens) - kept) :]
+    if kept == -1:
+        answer = max_tokens or 1
+        kept = most - (answer if answer < most else 1)
+    return (
+        tokens[:kept] if body.truncation_side == "right" else tokens[max(0, len(tokens) - kept) :]
+    )
 
 
 def listed_prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -62,7 +69,7 @@ async def tokenize_prompt(
             add_special_tokens=body.add_special_tokens,
             is_cut=body.truncate_prompt_tokens is not None,
         )
-    tokens = truncated(prompt, body.truncate_prompt_tokens, most=most)
+    tokens = truncated(prompt, body, max_tokens=body.max_tokens, most=most)
     if not body.echo:
         return TokenizedPrompt(tokens)
     is_whole = isinstance(given, str) and len(tokens) == len(prompt)

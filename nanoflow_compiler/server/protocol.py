@@ -11,11 +11,14 @@ __all__ = [
     "GenerationRequest",
     "StreamOptions",
     "StructuredOutputs",
-    "TokenId",
+    "TokenIds",
 ]
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""As all lists here that may be long: a million bad entries are one error, not a million."""
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Stop = Annotated[list[str], Field(max_length=128)]
 
@@ -60,7 +63,7 @@ class StructuredOutputs(ApiModel):
 
     json_: str | dict[str, Any] | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
     json_object: bool = False
 
@@ -73,6 +76,7 @@ class GenerationRequest(ApiModel):
 
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
     temperature: float = 1.0
@@ -84,32 +88,34 @@ class GenerationRequest(ApiModel):
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[TokenId] | None = None
+    bad_words: Texts | None = None
+    allowed_token_ids: TokenIds | None = None
 
     stop: str | Stop | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Count = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
     prompt_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
 
 
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: Count = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None

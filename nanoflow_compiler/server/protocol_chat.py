@@ -6,7 +6,7 @@ from pydantic import Field
 
 from nanoflow_compiler.server.protocol import ApiModel, Count, GenerationRequest
 
-__all__ = ["ChatMessage", "ChatRequest", "ContentPart", "Tool", "ToolChoice"]
+__all__ = ["ChatMessage", "ChatRequest", "ContentPart", "Messages", "Tool", "ToolChoice"]
 
 
 class ContentPart(ApiModel):
@@ -35,8 +35,11 @@ class ChatMessage(ApiModel):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[ContentPart] = ""
-    tool_calls: list[ToolCall] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True)]
 
 
 class Function(ApiModel):
@@ -70,18 +73,21 @@ class ToolChoice(ApiModel):
 class ChatRequest(GenerationRequest):
     """The body of ``/v1/chat/completions``; ``max_completion_tokens`` is the newer ``max_tokens``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=1000)] = 0
 
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )

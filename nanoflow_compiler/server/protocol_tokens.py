@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nanoflow_compiler.server.protocol import ApiModel, TokenId
-from nanoflow_compiler.server.protocol_chat import ChatMessage, Tool
+from nanoflow_compiler.server.protocol import ApiModel, TokenIds
+from nanoflow_compiler.server.protocol_chat import Messages, Tool
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest"]
 
@@ -13,7 +13,7 @@ class TokenizeRequest(ApiModel):
 
     model: str = ""
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
@@ -26,4 +26,4 @@ class DetokenizeRequest(ApiModel):
     """Tokens to read as text."""
 
     model: str = ""
-    tokens: list[TokenId]
+    tokens: TokenIds

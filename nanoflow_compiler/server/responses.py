@@ -1,5 +1,6 @@
 """Bodies of answers; encoded by msgspec, because a busy server makes thousands of chunks a second."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -53,6 +54,8 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: list[Any] | UnsetType = UNSET
+    token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class CompletionResponse(Struct, frozen=True, kw_only=True):
@@ -114,6 +117,7 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class ChatResponse(Struct, frozen=True, kw_only=True):
@@ -126,6 +130,7 @@ class ChatResponse(Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[Any] | None = None
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class ChatDelta(Struct, frozen=True, kw_only=True):
@@ -144,6 +149,7 @@ class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    token_ids: Sequence[int] | UnsetType = UNSET
 
 
 class ChatChunk(Struct, frozen=True, kw_only=True):
@@ -155,3 +161,4 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET

@@ -72,6 +72,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self.context.metrics.set_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; SIGINT after it exits at once."""

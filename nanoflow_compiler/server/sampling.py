@@ -99,8 +99,9 @@ def _from_response_format(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _from_vllm(wanted: StructuredOutputs) -> dict[str, Any]:
-    if (wanted.model_extra or {}).get("structural_tag"):
-        raise refused("structural_tag")
+    for name in ("structural_tag", "whitespace_pattern", "disable_any_whitespace"):
+        if (wanted.model_extra or {}).get(name):
+            raise refused(f"structured_outputs.{name}")
     given = wanted.model_dump(by_alias=True, exclude_defaults=True)
     return {name: given[name] for name in CONSTRAINTS if name in given}
 

@@ -11,6 +11,7 @@ from nanoflow_compiler.errors import EngineDeadError
 from nanoflow_compiler.server.chat_prompt import ChatPrompt
 from nanoflow_compiler.server.context import ServerContext, context_of
 from nanoflow_compiler.server.errors import ApiError
+from nanoflow_compiler.server.fields import refuse_unsupported
 from nanoflow_compiler.server.json_body import JsonRoute
 from nanoflow_compiler.server.prompts import chat_tokens
 from nanoflow_compiler.server.protocol_tokens import DetokenizeRequest, TokenizeRequest
@@ -36,7 +37,8 @@ async def model(name: str, request: Request) -> Response:
 
 
 @router.get("/health", summary="200 while requests can be answered")
-@router.get("/ping", include_in_schema=False)
+@router.head("/health", include_in_schema=False)
+@router.api_route("/ping", methods=["GET", "HEAD", "POST"], include_in_schema=False)
 async def health(request: Request) -> Response:
     context = context_of(request)
     if context.admission.is_draining:
@@ -44,6 +46,11 @@ async def health(request: Request) -> Response:
     if context.engine.errored:
         raise ApiError("the engine is dead; restart it", status=503, code="engine_dead")
     return Response(status_code=200)
+
+
+@router.get("/load", summary="How much is open")
+async def load(request: Request) -> Response:
+    return JSONResponse({"server_load": context_of(request).admission.num_open})
 
 
 @router.get("/version", summary="The version of the server")
@@ -67,6 +74,7 @@ async def metrics(request: Request) -> Response:
 @router.post("/tokenize", summary="Text, or a chat, to tokens")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     context = context_of(request)
+    refuse_unsupported(body.model_extra)
     context.check_model(body.model)
     tokens = await _tokens(context, body)
     names = [context.codec.piece(token) for token in tokens] if body.return_token_strs else None

@@ -1,5 +1,6 @@
 """Frozen settings of the server; names are vLLM's where the meaning is the same."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -7,6 +8,7 @@ from nanoflow_compiler.errors import ConfigError
 
 __all__ = ["ServerSettings", "ToolCallParser"]
 
+PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
 
 
@@ -35,15 +37,19 @@ class ServerSettings:
     """Where a proxy shows this server, such as ``/llm``."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's template."""
+    stream_interval: int = 1
+    """Tokens in each chunk of a stream but the first and the last; more cost the server less."""
     tool_call_parser: ToolCallParser = "auto"
     """How tool calls look in the output; ``auto`` asks the chat template."""
+    metrics_prefix: str = "nanoflow"
+    """``vllm`` suits dashboards that were made for vLLM."""
     disable_docs: bool = False
     """Serve neither ``/openapi.json`` nor ``/docs``."""
 
     def __post_init__(self) -> None:
         """Refuse what could not serve."""
         _check(0 <= self.port < 65536, f"port must be from 0 to 65535, not {self.port}")
-        for name in ("max_request_bytes", "max_open_requests"):
+        for name in ("max_request_bytes", "max_open_requests", "stream_interval"):
             count = getattr(self, name)
             _check(count >= 1, f"{name} must be at least 1, not {count}")
         limit = self.request_timeout_s
@@ -56,6 +62,10 @@ class ServerSettings:
         _check(
             not self.root_path or self.root_path.startswith("/"),
             f"root_path must begin with a slash, not {self.root_path!r}",
+        )
+        _check(
+            PREFIX.fullmatch(self.metrics_prefix) is not None,
+            f"metrics_prefix must be letters, digits and underscores, not {self.metrics_prefix!r}",
         )
         parsers = get_args(ToolCallParser)
         _check(

@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 
+from nanoflow_compiler.engine.messages import RequestTimes
 from nanoflow_compiler.errors import EmptyPromptError, EngineDeadError, PromptTooLongError
 from tiny_tokenizers import byte_tokenizer
 
 FIRST_BYTE = 3
 EOS = 2
 MOST_TOKENS = 200
+TIMES = RequestTimes(queued_s=0.5, prefill_s=2.0)
 CHAT_TEMPLATE = """
 {%- if tools %}{{ "<tool_call> tools: " ~ (tools | tojson) ~ "\\n" }}{% endif %}
 {%- for message in messages %}
@@ -46,6 +48,7 @@ class Output:
     outputs: tuple[Completion, ...]
     num_cached_tokens: int | None
     prompt_logprobs: list[Logprobs | None] | None
+    times: RequestTimes | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Stats:
     num_preemptions: int = 5
     num_cache_queries: int = 70
     num_cache_hits: int = 30
+    num_batched_tokens: int = 3009
+    step_tokens: tuple[int, ...] = (2, 0, 1, *[0] * 6, 1, *[0] * 4)
 
 
 def make_tokenizer():
@@ -93,7 +98,7 @@ class FakeEngine:
                 for row in rows:
                     row.advance(is_aborted=request_id in self.aborted)
                 outputs = tuple(row.completion() for row in rows)
-                yield Output(tokens, outputs, 4, _prompt_logprobs(tokens, params))
+                yield Output(tokens, outputs, 4, _prompt_logprobs(tokens, params), TIMES)
         finally:
             self.active.discard(request_id)
 

@@ -6,6 +6,8 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
+
 from nanoflow_compiler.server.run import Server
 from nanoflow_compiler.server.settings import ServerSettings
 
@@ -27,6 +29,9 @@ class Live:
     @property
     def admission(self):
         return self.server.context.admission
+
+    def get(self, path):
+        return httpx.get(f"{self.url}{path}")
 
     def signal(self, number=signal.SIGTERM):
         self.server.handle_exit(number, None)

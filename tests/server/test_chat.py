@@ -86,9 +86,10 @@ async def test_messages_as_templates_expect_them(api):
 async def test_options_of_the_template(api, make_api):
     await api.chat(add_generation_prompt=False)
     assert prompt_of(api) == "user: hello\n"
-    own = make_api(chat_template="{{ messages[0].content }}{{ extra }}")
+    own = make_api(chat_template="{{ messages[0].content }}{{ extra }}{{ reasoning_effort }}")
     await own.chat(chat_template_kwargs={"extra": "!"})
-    assert prompt_of(own) == "hello!"
+    await own.chat(reasoning_effort="low")
+    assert [prompt_of(own, index) for index in (0, 1)] == ["hello!", "hellolow"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ async def test_options_of_the_template(api, make_api):
         {"tool_choice": NAMED, "tools": [CLOCK]},
         {"tool_choice": "required", "tools": [CLOCK], "response_format": {"type": "json_object"}},
         {"tools": [{"type": "retrieval"}]},
+        {"reasoning_effort": "enormous"},
     ],
     ids=str,
 )
@@ -131,6 +133,19 @@ async def test_a_model_without_a_template_is_refused(make_api):
     engine.tokenizer.chat_template = None
     error = error_of(await make_api(engine).chat(status=400))
     assert "/v1/completions" in error["message"]
+
+
+async def test_token_ids(api):
+    body = {"max_tokens": 3, "n": 2, "return_token_ids": True}
+    whole = await api.chat(**body)
+    assert api.engine.tokenizer.decode(whole["prompt_token_ids"]) == prompt_of(api)
+    chunks = await api.stream(PATH, USER | body)
+    assert [chunk.get("prompt_token_ids") is not None for chunk in chunks[:3]] == [1, 0, 0]
+    for index, choice in enumerate(whole["choices"]):
+        pieces = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        tokens = [token for piece in pieces for token in piece.get("token_ids", [])]
+        assert tokens == choice["token_ids"]
+        assert len(tokens) == 3
 
 
 async def test_logprobs(api):
@@ -166,6 +181,16 @@ async def test_tools_that_the_model_may_call(make_api, parser, text, content, na
     assert (streamed, reason) == (content or "", "tool_calls")
     assert pieces == [call["function"] for call in calls]
     assert "weather" in prompt_of(api)
+
+
+async def test_tools_that_nobody_would_find_in_the_text_are_refused(make_api):
+    api = make_api(tool_call_parser="none")
+    for fields in ({}, {"tool_choice": "auto"}, {"tool_choice": None}):
+        error = error_of(await api.chat(tools=[WEATHER], **fields, status=400))
+        assert error["param"] == "tools"
+        assert "--tool-call-parser" in error["message"]
+    for choice in ("none", "required", NAMED):
+        await api.chat(tools=[WEATHER], tool_choice=choice)
 
 
 async def test_one_call_at_a_time(make_api):

@@ -148,42 +148,49 @@ async def test_prompt_logprobs_and_tokens_as_ids(api):
     assert choice["logprobs"]["tokens"][0].startswith("token_id:")
 
 
-async def test_truncation_keeps_the_end(make_api):
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 2}, "ef"),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, "ab"),
+        ({"truncate_prompt_tokens": 9}, "abcdef"),
+        # As many as leave room for the answer, or for one token where the answer could be all.
+        ({"truncate_prompt_tokens": -1, "max_tokens": 6}, "cdef"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 6, "truncation_side": "right"}, "abcd"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 50}, "abcdef"),
+    ],
+    ids=str,
+)
+async def test_truncation(make_api, fields, kept):
     api = make_api(FakeEngine(max_model_len=10))
-    await api.complete("abcdef", truncate_prompt_tokens=2)
-    await api.complete("abcdef" * 9, truncate_prompt_tokens=-1)
-    assert [len(tokens) for _, tokens, _ in api.engine.seen] == [2, 9]
-    assert api.engine.tokenizer.decode(list(api.engine.seen[0][1])) == "ef"
+    await api.complete("abcdef", **fields)
+    ((_, tokens, _),) = api.engine.seen
+    assert api.engine.tokenizer.decode(list(tokens)) == kept
 
 
-async def test_nulls_and_unknown_fields_pass(api):
-    names = "n temperature stop stream stream_options best_of user top_k logit_bias suffix"
-    names += " max_tokens use_beam_search model vllm_xargs logprobs response_format"
-    nulls = dict.fromkeys(names.split())
-    await api.complete(**nulls, no_such_field={"deep": [1]}, store=True, metadata={})
-    await api.complete(use_beam_search=False, length_penalty=1.0, best_of=1, priority=0)
+async def test_token_ids_are_returned_beside_the_text(api):
+    body = {"n": 2, "max_tokens": 3, "return_token_ids": True}
+    whole = (await api.complete(["ab", "cd"], **body))["choices"]
+    prompts = [choice["prompt_token_ids"] for choice in whole]
+    decode = api.engine.tokenizer.decode
+    assert [decode(tokens) for tokens in prompts] == ["ab", "ab", "cd", "cd"]
+    assert all(decode(choice["token_ids"]) == choice["text"] for choice in whole)
+    chunks = await api.stream("/v1/completions", body | {"prompt": ["ab", "cd"]})
+    pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == 3]
+    assert [token for piece in pieces for token in piece["token_ids"]] == whole[3]["token_ids"]
+    assert [piece.get("prompt_token_ids") for piece in pieces] == [prompts[3], None, None]
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_beam_search", True),
-        ("best_of", 4),
-        ("suffix", "end"),
-        ("prompt_embeds", "AAAA"),
-        ("priority", 5),
-        ("cache_salt", "mine"),
-        ("logits_processors", ["x"]),
-        ("length_penalty", 0.5),
-        ("bad_words", ["x"]),
-        ("allowed_token_ids", [5]),
-    ],
+    ("setting", "field", "sizes"),
+    [(1, 1, [1] * 7), (3, 1, [1, 3, 3]), (1, 4, [1, 4, 2]), (4, 3, [1, 4, 2]), (1, 99, [1, 6])],
 )
-async def test_known_fields_without_support_are_named(api, field, value):
-    error = error_of(await api.complete(**{field: value}, status=400))
-    assert error["param"] == field
-    assert error["code"] == "unsupported_parameter"
-    assert field in error["message"]
+async def test_a_stream_in_larger_pieces_says_the_same(make_api, setting, field, sizes):
+    api = make_api(stream_interval=setting)
+    body = {"prompt": "x", "max_tokens": 7, "return_token_ids": True, "stream_interval": field}
+    chunks = await api.stream("/v1/completions", body)
+    assert [len(chunk["choices"][0]["token_ids"]) for chunk in chunks] == sizes
+    assert joined(chunks) == text_of(await api.complete("x", max_tokens=7))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whatever is sent, the answer is an error that says what was wrong, in OpenAI's shape."""
 
 import json
+import resource
 
 import pytest
 
@@ -38,6 +39,21 @@ async def test_malformed_bodies(api, path, body):
     error = error_of(await api.post(path, body, status=400))
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "stop_token_ids", "tokens", "tools"])
+async def test_a_million_errors_are_one(api, name):
+    """Without that, a body of 8 MB would make gigabytes of them."""
+    path = {"messages": "/v1/chat/completions", "tools": "/v1/chat/completions"}.get(name)
+    path = path or ("/detokenize" if name == "tokens" else "/v1/completions")
+    body = b'{"%s": [%s]}' % (name.encode(), b",".join([b"null"] * 1_000_000))
+    before = peak_bytes()
+    error_of(await api.post(path, body, status=400))
+    assert peak_bytes() - before < 200 << 20
+
+
+def peak_bytes():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 async def test_a_form_is_refused_with_the_content_type_that_is_needed(api):
@@ -176,7 +192,7 @@ async def test_a_bug_is_an_answer_too(api, caplog):
 async def test_a_request_that_the_engine_failed_on(api):
     async def failing(prompt, *_, **__):
         completion = Completion(0, "", (), "error", None, None)
-        yield Output(tuple(prompt["prompt_token_ids"]), (completion,), None, None)
+        yield Output(tuple(prompt["prompt_token_ids"]), (completion,), None, None, None)
 
     api.engine.generate = failing
     assert error_of(await api.complete(status=500))["code"] == "engine_error"

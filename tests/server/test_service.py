@@ -31,36 +31,26 @@ async def test_tokens(api):
     chat = await api.post("/tokenize", {"messages": messages})
     assert chat["count"] == len("user: x\nassistant:")
     await api.post("/tokenize", {}, status=400)
+    await api.post("/tokenize", {"messages": messages, "chat_template": "x"}, status=400)
 
 
 async def test_health_and_version(api):
-    for path in ("/health", "/ping"):
-        assert (await api.get(path)).content == b""
+    for method, path in [
+        ("GET", "/health"),
+        ("HEAD", "/health"),
+        ("GET", "/ping"),
+        ("POST", "/ping"),
+    ]:
+        answer = await api.http.request(method, path)
+        assert (answer.status_code, answer.content) == (200, b"")
     assert (await api.get("/version")).json().keys() == {"version"}
     api.context.admission.is_draining = True
     await api.get("/health", status=503)
 
 
-async def test_metrics(api):
-    await api.complete("hello", max_tokens=4, n=2)
-    await api.complete("hello", max_tokens=4, stop=["a", "b", "c", "d", "e", "f"], seed=1)
-    text = (await api.get("/metrics")).text
-    label = '{model_name="tiny"}'
-    for name, value in {
-        "num_requests_running": 0,
-        "num_requests_waiting": 0,
-        "kv_cache_usage_perc": 0.25,
-        "prompt_tokens_total": 10,
-        "num_preemptions_total": 5,
-        "prefix_cache_queries_total": 70,
-        "prefix_cache_hits_total": 30,
-        "time_to_first_token_seconds_count": 2,
-        "e2e_request_latency_seconds_count": 3,
-        "request_generation_tokens_count": 3,
-    }.items():
-        assert f"nanoflow:{name}{label} {float(value)}" in text
-    assert 'request_success_total{finished_reason="length",model_name="tiny"}' in text
-    assert "nanoflow:inter_token_latency_seconds_bucket" in text
+async def test_load(api):
+    with api.context.admission.open(["a"], num_each=3):
+        assert (await api.get("/load")).json() == {"server_load": 3}
 
 
 async def test_request_ids_are_taken_and_returned(api, caplog):
@@ -113,6 +103,7 @@ async def test_browsers_of_allowed_origins_may_ask(make_api):
         {"shutdown_timeout_s": -1},
         {"api_keys": ("",)},
         {"root_path": "llm"},
+        {"metrics_prefix": "a:b"},
         {"tool_call_parser": "pythonic"},
     ],
     ids=str,
