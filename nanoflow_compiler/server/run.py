@@ -22,23 +22,31 @@ LAST_ANSWERS_S = 3
 """After the abort, for the last events to reach their readers."""
 
 
-async def serve(engine: EngineClient, settings: ServerSettings) -> None:
+async def serve(
+    engine: EngineClient, settings: ServerSettings, bound: socket.socket | None = None
+) -> None:
     """Returns after SIGTERM or SIGINT, when open requests ended or their deadline passed.
 
-    The engine stays open: who made it closes it. ConfigError if the address cannot be had.
+    The engine stays open: who made it closes it. ``bound`` is what :func:`bind` returned, by default
+    called here. ConfigError if the address cannot be had.
     """
-    with bind(settings) as listening:
-        host, port = listening.getsockname()[:2]
-        _LOG.info("serving %s at http://%s:%d", engine.model_name, host, port)
+    with bound or bind(settings) as listening:
         await Server(engine, settings).serve([listening])
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """Before anything is started, so that a port that is taken costs no time."""
+    """Before anything is started, so that a port that is taken costs no time.
+
+    Connections are refused until the server listens.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family)
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((settings.host, settings.port))
+        return bound
     except OSError as error:
+        bound.close()
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; "
             "choose another host or port"
@@ -73,6 +81,15 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self.context.metrics.set_started()
+        for listening in sockets or ():
+            host, port = listening.getsockname()[:2]
+            _LOG.info("serving %s at http://%s:%d", self.context.model_names[0], host, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            # uvicorn leaves it out; without it, the app is cancelled and says so in a traceback.
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; SIGINT after it exits at once."""

@@ -11,6 +11,7 @@ from tiny_tokenizers import byte_tokenizer
 FIRST_BYTE = 3
 EOS = 2
 MOST_TOKENS = 200
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TIMES = RequestTimes(queued_s=0.5, prefill_s=2.0)
 CHAT_TEMPLATE = """
 {%- if tools %}{{ "<tool_call> tools: " ~ (tools | tojson) ~ "\\n" }}{% endif %}
@@ -56,7 +57,7 @@ class Stats:
     num_running: int
     num_waiting: int = 0
     num_blocks: int = 8
-    num_used_blocks: int = 2
+    num_used_blocks: int = 0
     num_preemptions: int = 5
     num_cache_queries: int = 70
     num_cache_hits: int = 30
@@ -75,6 +76,7 @@ class FakeEngine:
 
     def __init__(self, *, script=None, delay_s=0.0, max_model_len=2048, tokenizer=None):
         self.tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+        self.letters = self.tokenizer(LETTERS, add_special_tokens=False)["input_ids"]
         self.max_model_len = max_model_len
         self.script = script
         self.delay_s = delay_s
@@ -108,7 +110,7 @@ class FakeEngine:
     async def stats(self):
         if self.errored:
             raise EngineDeadError("the engine process died; its log says why")
-        return Stats(num_running=len(self.active))
+        return Stats(num_running=len(self.active), num_used_blocks=2 * len(self.active))
 
     def _check(self, tokens):
         if self.errored:
@@ -164,10 +166,7 @@ class _Row:
         if self.script is not None:
             return self.script[min(position, len(self.script) - 1)]
         digest = hashlib.blake2b(self.source + b"%d" % position, digest_size=1).digest()
-        (token,) = self.engine.tokenizer(chr(97 + digest[0] % 26), add_special_tokens=False)[
-            "input_ids"
-        ]
-        return token
+        return self.engine.letters[digest[0] % 26]
 
     def _end(self, token):
         params = self.params
@@ -175,11 +174,14 @@ class _Row:
         if token in params.stop_token_ids or is_eos:
             self.finish_reason, self.stop_reason = "stop", None if is_eos else token
             return
-        text = self.engine.tokenizer.decode(
-            self.tokens, skip_special_tokens=params.skip_special_tokens
-        )
-        # A character whose bytes are not all there is held back.
-        self.text = self.text if text.endswith("\N{REPLACEMENT CHARACTER}") else text
+        if self.script is None:
+            self.text += LETTERS[self.engine.letters.index(token)]
+        else:
+            text = self.engine.tokenizer.decode(
+                self.tokens, skip_special_tokens=params.skip_special_tokens
+            )
+            # A character whose bytes are not all there is held back.
+            self.text = self.text if text.endswith("\N{REPLACEMENT CHARACTER}") else text
         if len(self.tokens) >= self.most:
             self.finish_reason = "length"
         for stop in params.stop_strings:
