@@ -59,6 +59,10 @@ class KVCache:
         return self.keys[0].shape[0]
 
     @property
+    def num_bytes(self) -> int:
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+
+    @property
     def device(self) -> torch.device:
         return self.keys[0].device
 

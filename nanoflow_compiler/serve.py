@@ -1,75 +1,65 @@
-"""``nanoflow serve``: load a model, start the engine, answer over HTTP until a signal."""
+"""``nanoflow serve``: start an engine's process, answer over HTTP until a signal."""
 
 import asyncio
-import time
+import socket
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from nanoflow_compiler.config import CompileConfig
-from nanoflow_compiler.engine.assemble import make_core
 from nanoflow_compiler.engine.async_engine import AsyncEngine
-from nanoflow_compiler.engine.core import EngineCore
-from nanoflow_compiler.engine.engine_config import EngineConfig
-from nanoflow_compiler.engine.served import Served
-from nanoflow_compiler.server.run import serve
+from nanoflow_compiler.engine.process import ProcessLink, Ready
+from nanoflow_compiler.engine.spec import EngineSpec
+from nanoflow_compiler.server.run import bind, serve
 from nanoflow_compiler.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ServeConfig", "serve_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """What a user asked for; the rest are the defaults of engine and compiler."""
+    """What a user asked for."""
 
-    model: str
-    dtype: str
-    enforce_eager: bool
-    engine: dict[str, Any]
-    """Fields of :class:`EngineConfig`."""
-    options: dict[str, Any]
-    """Fields of :class:`CompileConfig`."""
+    engine: EngineSpec
     server: ServerSettings
+    max_engine_restarts: int = 0
+    """How often an engine that died is started again; its requests are lost."""
 
 
 def serve_model(config: ServeConfig) -> None:
-    """Returns after SIGTERM or SIGINT; a setting that cannot be is an error before anything loads."""
-    compile_config = None if config.enforce_eager else CompileConfig.from_options(config.options)
-    EngineConfig(**{"max_model_len": 1, **config.engine})
-    start = time.perf_counter()
-    served = Served.find(config.model, tokenizer=None, dtype=config.dtype, load_format="auto")
-    engine_config = EngineConfig(**{"max_model_len": served.max_model_len, **config.engine})
-    loaded = time.perf_counter()
-    core = make_core(served, engine_config, compile_config=compile_config)
-    stages = {"load": loaded - start, "start": time.perf_counter() - loaded}
-    _print_config(config, engine_config, compile_config, core=core, stages=stages)
-    asyncio.run(_serve(core, served, config))
+    """Returns after SIGTERM or SIGINT; an address that cannot be had costs no time."""
+    with bind(config.server) as bound:
+        link = ProcessLink(config.engine)
+        _print_config(config, link.ready)
+        asyncio.run(_serve(link, config, bound))
 
 
-async def _serve(core: EngineCore, served: Served, config: ServeConfig) -> None:
-    async with AsyncEngine(core, model_name=config.model, tokenizer=served.tokenizer) as engine:
-        await serve(engine, config.server)
+async def _serve(link: ProcessLink, config: ServeConfig, bound: socket.socket) -> None:
+    engine = AsyncEngine(
+        link,
+        model_name=config.engine.model,
+        tokenizer=link.ready.tokenizer,
+        max_restarts=config.max_engine_restarts,
+    )
+    async with engine:
+        await serve(engine, config.server, bound)
 
 
-def _print_config(
-    config: ServeConfig,
-    engine_config: EngineConfig,
-    compile_config: CompileConfig | None,
-    *,
-    core: EngineCore,
-    stages: dict[str, float],
-) -> None:
+def _print_config(config: ServeConfig, ready: Ready) -> None:
     """One table of what is in force, on standard error."""
-    allocator = core.batcher.allocator
-    rows: dict[str, dict[str, Any]] = {
-        "model": {"model": config.model, "dtype": config.dtype},
-        "engine": asdict(engine_config)
-        | {"KV blocks": f"{allocator.num_usable} of {allocator.block_size} tokens"},
-        "compile": asdict(compile_config) if compile_config else {"enforce_eager": True},
+    spec = config.engine
+    compiled = asdict(CompileConfig.from_options(spec.options))
+    rows: dict[str, Mapping[str, Any]] = {
+        "model": {"model": spec.model, "load_format": spec.load_format},
+        "engine": dict(ready.facts) | {"max_engine_restarts": config.max_engine_restarts},
+        "compile": {"enforce_eager": True} if spec.enforce_eager else compiled,
         "server": asdict(config.server) | {"api_keys": len(config.server.api_keys)},
-        "seconds": {name: f"{seconds:.1f}" for name, seconds in stages.items()},
+        "seconds": {name: f"{seconds:.1f}" for name, seconds in ready.seconds.items()},
     }
     table = Table(title="nanoflow serve", show_lines=False)
     for column in ("part", "setting", "value"):

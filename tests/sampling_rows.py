@@ -10,6 +10,7 @@ from nanoflow_compiler.engine.sampler import sample, uniform
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.sampling_columns import SamplingColumns
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.token_mask import TokenMask
 
 BLOCK_SIZE = 4
 
@@ -105,10 +106,11 @@ def reference_tokens(logits, one, *, eos=(), allowed=None):
     return set(np.flatnonzero(near).tolist())
 
 
-def packed(allowed, *, vocab):
-    """As xgrammar packs it: token ``t`` is bit ``t % 32`` of word ``t // 32``."""
+def packed(allowed, *, vocab, rows=None):
+    """As xgrammar packs it: token ``t`` is bit ``t % 32`` of word ``t // 32``; by default of all rows."""
     mask = np.zeros((len(allowed), -(-vocab // 32)), dtype=np.uint32)
     for words, tokens in zip(mask, allowed, strict=True):
         for token in tokens:
             words[token // 32] |= np.uint32(1 << token % 32)
-    return torch.from_numpy(mask.view(np.int32))
+    rows = np.arange(len(allowed)) if rows is None else np.array(rows)
+    return TokenMask(rows, mask.view(np.int32))

@@ -1,30 +1,34 @@
-"""``AsyncEngine``: many callers, one engine loop in a thread of its own."""
+"""``AsyncEngine``: many callers, one engine, in a process of its own or in a thread."""
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from transformers import PreTrainedTokenizerBase
-
-from nanoflow_compiler.engine.core import EngineCore
-from nanoflow_compiler.engine.messages import EngineRequest, EngineStats, StepOutput
+from nanoflow_compiler.engine.link import EngineLink
+from nanoflow_compiler.engine.messages import Command, EngineStats, Event
 from nanoflow_compiler.engine.output_processor import Answer, OutputProcessor
 from nanoflow_compiler.engine.outputs import RequestOutput
 from nanoflow_compiler.engine.prompt import TokensPrompt
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.errors import EngineClosedError, EngineDeadError, RequestError
+from nanoflow_compiler.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineDeadError,
+    NanoflowError,
+    RequestError,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nanoflow_compiler.engine.spec import EngineSpec
 
 __all__ = ["AsyncEngine"]
 
 _LOG = logging.getLogger(__name__)
-
-Command = Sequence[EngineRequest | int] | None
-"""Requests to add, keys to abort, or the end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,33 +42,58 @@ class _Stream:
 class AsyncEngine:
     """An async context manager; ``generate`` is an async iterator, and leaving it early aborts.
 
-    The loop of the engine runs in a thread: it takes commands between steps and hands what each
-    step found to the event loop, where text is made of it. A caller who is slow misses nothing:
-    outputs are cumulative, and what he did not fetch is in the next one.
+    What the engine finds in a step becomes text on the event loop. A caller who is slow misses
+    nothing: outputs are cumulative, and what he did not fetch is in the next one.
     """
 
     def __init__(
         self,
-        core: EngineCore,
+        link: EngineLink,
         *,
         model_name: str,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        max_restarts: int = 0,
     ) -> None:
+        """``max_restarts``: how often an engine that died is started again, with none of its requests."""
+        self.link = link
         self.model_name = model_name
         self.tokenizer = tokenizer
-        self.max_model_len = core.max_model_len
-        self._core = core
+        self._restarts_left = max_restarts
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, _Stream] = {}
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._error: BaseException | None = None
+        self._stats: EngineStats | None = None
+        self._first_event = asyncio.Event()
+        self._error: str | None = None
         self._is_open = False
-        self._thread = threading.Thread(target=self._run, name="nanoflow-engine", daemon=True)
+        self._restart: asyncio.Task[None] | None = None
+
+    @classmethod
+    def launch(cls, spec: "EngineSpec", *, max_restarts: int = 0) -> Self:
+        """An engine in a process of its own; returns when its model is ready.
+
+        Raises what stands against it: ConfigError, ModelLoadError, EngineDeadError ...
+        """
+        try:
+            from nanoflow_compiler.engine.process import ProcessLink
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{error.name} is missing; install it with: pip install 'nanoflow-compiler[server]'"
+            ) from error
+        link = ProcessLink(spec)
+        return cls(
+            link,
+            model_name=spec.model,
+            tokenizer=link.ready.tokenizer,
+            max_restarts=max_restarts,
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        return self.link.limits.max_model_len
 
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
+        await self.link.open(self._on_event)
         self._is_open = True
-        self._thread.start()
         return self
 
     async def __aexit__(
@@ -77,8 +106,10 @@ class AsyncEngine:
         for request_id in list(self._streams):
             await self.abort(request_id)
         self._is_open = False
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self._restart is not None:
+            self._restart.cancel()
+            await asyncio.gather(self._restart, return_exceptions=True)
+        await self.link.close()
 
     @property
     def errored(self) -> bool:
@@ -107,15 +138,16 @@ class AsyncEngine:
             raise RequestError(f"request id {request_id!r} is in use; choose another")
         answer = self._processor.answer(prompt["prompt_token_ids"], params, request_id=request_id)
         for request in answer.requests:
-            self._core.check(request)
+            self.link.limits.check(request)
         stream = self._streams[request_id] = _Stream(answer)
         self._processor.open(answer)
-        self._commands.put(answer.requests)
+        self.link.send(Command(add=answer.requests))
         try:
             while not answer.finished:
                 await stream.news.wait()
                 stream.news.clear()
-                self._check_alive()
+                if not answer.finished:
+                    self._check_alive()
                 yield answer.output()
         finally:
             del self._streams[request_id]
@@ -131,53 +163,55 @@ class AsyncEngine:
     async def stats(self) -> EngineStats:
         """Counts of now and since the start."""
         self._check_alive()
-        return self._core.stats()
+        await self._first_event.wait()
+        self._check_alive()
+        assert self._stats is not None, "an engine that lives begins with its counts"
+        return self._stats
 
     def _check_alive(self) -> None:
         if self._error is not None:
-            raise EngineDeadError(f"the engine stopped: {self._error}") from self._error
+            raise EngineDeadError(self._error)
         if not self._is_open:
             raise EngineClosedError("this engine is closed; open it with `async with`")
 
     def _drop(self, answer: Answer) -> None:
-        if keys := self._processor.close(answer):
-            self._commands.put(keys)
+        keys = self._processor.close(answer)
+        if keys and not self.errored:
+            self.link.send(Command(abort=keys))
 
-    def _on_output(self, output: StepOutput) -> None:
-        grown, stopped = self._processor.process(output)
+    def _on_event(self, event: Event) -> None:
+        self._stats = event.stats or self._stats
+        self._first_event.set()
+        if event.error is not None:
+            self._on_death(event.error)
+        if event.output is None:
+            return
+        grown, stopped = self._processor.process(event.output)
         if stopped:
-            self._commands.put(stopped)
+            self.link.send(Command(abort=stopped))
         for answer in grown:
             if (stream := self._streams.get(answer.request_id)) is not None:
                 stream.news.set()
 
-    def _on_death(self, error: BaseException) -> None:
-        self._error = error
-        _LOG.error("the engine stopped: %s", error, exc_info=error)
+    def _on_death(self, error: str) -> None:
+        """Of the two things that are told of a death, what failed and that the process ended, the first."""
+        if self.errored or not self._is_open:
+            return
+        self._error = f"the engine stopped: {error}"
         for stream in self._streams.values():
             stream.news.set()
+        if self._restarts_left > 0:
+            self._restarts_left -= 1
+            _LOG.error("%s; it is started again", self._error)
+            self._restart = asyncio.create_task(self._start_again())
+        else:
+            _LOG.error("%s; no request can be answered any more", self._error)
 
-    def _run(self) -> None:
-        """What the thread does, until it is told to end or a step fails."""
+    async def _start_again(self) -> None:
         try:
-            while self._obey(wait=not self._core.has_requests):
-                if (output := self._core.step()) is not None:
-                    self._loop.call_soon_threadsafe(self._on_output, output)
-        except Exception as error:
-            self._loop.call_soon_threadsafe(self._on_death, error)
-        finally:
-            self._core.close()
-
-    def _obey(self, *, wait: bool) -> bool:
-        """Take the commands that came; False at the end."""
-        while wait or not self._commands.empty():
-            command = self._commands.get()
-            wait = False
-            if command is None:
-                return False
-            for item in command:
-                if isinstance(item, EngineRequest):
-                    self._core.add(item)
-                else:
-                    self._core.abort([item])
-        return True
+            await self.link.restart()
+        except NanoflowError as error:
+            _LOG.error("the engine could not be started again: %s", error)
+            return
+        _LOG.info("the engine is back, after %d requests were lost", len(self._streams))
+        self._error = None

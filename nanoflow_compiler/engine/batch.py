@@ -11,6 +11,7 @@ from nanoflow_compiler.engine.table import RequestTable
 __all__ = ["Batch", "Ints"]
 
 Ints = npt.NDArray[np.int64]
+_NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Batch:
     slots: Ints  # [S]
     keys: Ints  # [S], which tell whether a slot still has the request that was sampled
     counters: Ints  # [S], the number of the token in the output
+    prompt_rows: Ints  # [P], tokens of prompts after which the likeliness of the next is asked for
+    prompt_targets: Ints  # [P], those next tokens
+    prompt_keys: Ints  # [P]
+    prompt_counts: Ints  # [P], of the most likely tokens beside them
 
     @classmethod
     def pack(cls, table: RequestTable, entries: Entries) -> "Batch":
@@ -40,6 +45,9 @@ class Batch:
         is_unknown = starts >= table.num_known[slots]
         most = int(-(-(starts + counts).max(initial=0) // table.block_size))
         sampled = slots[entries.is_sampled]
+        prompt_rows = _prompt_rows(table, slots, owners=owners, positions=positions)
+        prompt_slots = owners[prompt_rows]
+        targets = table.token_ids[prompt_slots, positions[prompt_rows] + 1]
         return cls(
             token_ids=table.token_ids[owners, positions].astype(np.int64),
             unknown=(ends - 1)[is_unknown],
@@ -52,8 +60,19 @@ class Batch:
             slots=sampled,
             keys=table.keys[sampled],
             counters=table.num_scheduled[sampled] - 1 - table.num_prompt[sampled],
+            prompt_rows=prompt_rows,
+            prompt_targets=targets.astype(np.int64),
+            prompt_keys=table.keys[prompt_slots],
+            prompt_counts=table.num_prompt_logprobs[prompt_slots],
         )
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+def _prompt_rows(table: RequestTable, slots: Ints, *, owners: Ints, positions: Ints) -> Ints:
+    if (table.num_prompt_logprobs[slots] < 0).all():
+        return _NO_ROWS
+    is_asked = table.num_prompt_logprobs[owners] >= 0
+    return np.flatnonzero(is_asked & (positions + 1 < table.num_prompt[owners]))

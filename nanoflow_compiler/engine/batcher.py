@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,13 @@ from nanoflow_compiler.engine.blocks import BlockAllocator, block_hashes
 from nanoflow_compiler.engine.lengths import OutputLengths, peak_tokens
 from nanoflow_compiler.engine.messages import EngineRequest
 from nanoflow_compiler.engine.table import RequestTable
-from nanoflow_compiler.errors import OutOfBlocksError
 
 __all__ = ["Batcher", "Entries", "Waiting"]
 
 _LOG = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 _NONE: Ints = np.zeros(0, dtype=np.int64)
 _QUIET_SECONDS = 10.0
 """Preemptions are logged together, not more often than this."""
@@ -33,9 +33,7 @@ class Entries:
     slots: Ints  # [R]
     starts: Ints  # [R], the number of the first token
     counts: Ints  # [R]
-    is_sampled: npt.NDArray[
-        np.bool_
-    ]  # [R], whether these are all tokens, so that the next one is found
+    is_sampled: Bools  # [R], whether these are all tokens, so that the next one is found
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -58,6 +56,7 @@ class Waiting:
     request: EngineRequest
     limit: int
     """Tokens at which it ends for its length, prompt included."""
+    arrived_s: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
@@ -95,21 +94,9 @@ class Batcher:
     def num_waiting(self) -> int:
         return len(self.waiting) + len(self.queued)
 
-    def check(self, *, num_prompt: int, limit: int) -> None:
-        """:class:`OutOfBlocksError` for a request that would not fit even alone."""
-        # The last token that is sampled is never stored.
-        needed = self.allocator.count(limit - 1)
-        if needed > self.allocator.num_usable:
-            raise OutOfBlocksError(
-                f"a prompt of {num_prompt} tokens and {limit - num_prompt} more need {needed} KV "
-                f"blocks of {self.allocator.block_size} tokens, and there are "
-                f"{self.allocator.num_usable}: raise num_kv_blocks (or kv_cache_memory_bytes), or "
-                "lower max_tokens"
-            )
-
-    def add(self, request: EngineRequest, *, limit: int) -> None:
-        """Queue a request that was checked."""
-        self.waiting.append(Waiting(request, limit))
+    def add(self, waiting: Waiting) -> None:
+        """Queue a request that was checked, and that fits if it is alone."""
+        self.waiting.append(waiting)
 
     def drop_waiting(self, keys: AbstractSet[int]) -> None:
         """Forget requests that have no slot yet."""
@@ -222,7 +209,10 @@ class Batcher:
         """The next request in line, with all blocks that its tokens need."""
         if not self.queued and self.waiting and self.table.num_free:
             waiting = self.waiting.popleft()
-            self.queued.append(self.table.insert(waiting.request, limit=waiting.limit))
+            slot = self.table.insert(
+                waiting.request, limit=waiting.limit, arrived_s=waiting.arrived_s
+            )
+            self.queued.append(slot)
         if not self.queued or not self._give_first_blocks(self.queued[0]):
             return None
         return self.queued.popleft()
@@ -233,6 +223,8 @@ class Batcher:
         assert num_tokens == table.num_scheduled[slot], "a token of this request is under way"
         # One token at least is computed, since its row is what the next token is sampled from.
         most = (num_tokens - 1) // allocator.block_size
+        if table.num_prompt_logprobs[slot] >= 0:
+            most = 0  # every row of the prompt is needed
         shared = allocator.find(self._names(slot)[:most])
         missing = allocator.count(num_tokens) - len(shared)
         if missing > allocator.num_free_beside(shared):
@@ -246,6 +238,7 @@ class Batcher:
         table.num_named[slot] = len(shared)
         if table.num_cached[slot] < 0:
             table.num_cached[slot] = table.num_computed[slot]
+            table.admitted_s[slot] = time.monotonic()
         self.num_cache_queries += num_tokens
         self.num_cache_hits += len(shared) * allocator.block_size
         return True

@@ -1,34 +1,34 @@
-"""The engine's loop, one step at a time; the device is always one step ahead of what is known."""
+"""The engine's loop, one step at a time, which forms a step while the one before it runs."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanoflow_compiler.engine.batch import Batch
-from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.batcher import Batcher, Waiting
+from nanoflow_compiler.engine.given_logprobs import PromptLogprobs, sampled_logprobs
+from nanoflow_compiler.engine.grammars import Grammars
+from nanoflow_compiler.engine.limits import RequestLimits
 from nanoflow_compiler.engine.messages import (
+    NO_TOKEN,
+    STEP_TOKEN_BUCKETS,
     EngineRequest,
     EngineStats,
     FinishReason,
     StepOutput,
-    TokenLogprobs,
 )
 from nanoflow_compiler.engine.runner import ModelRunner
-from nanoflow_compiler.engine.sampler import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
-from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.engine.table import EMPTY, Ints, RequestTable
-from nanoflow_compiler.errors import (
-    ConfigError,
-    EmptyPromptError,
-    PromptTooLongError,
-    RequestError,
-)
+from nanoflow_compiler.engine.table import Bools, Ints, RequestTable
+from nanoflow_compiler.errors import RequestError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from nanoflow_compiler.engine.sampler import Sampled
+    from nanoflow_compiler.engine.token_mask import TokenMask
 
 __all__ = ["EngineCore"]
 
@@ -40,14 +40,17 @@ class _UnderWay:
     batch: Batch
     sampling: SamplingBatch
     sampled: "Future[Sampled]"
+    guided: Ints
+    """Rows that a grammar guides."""
+    mask: "Future[TokenMask] | None"
 
 
 class EngineCore:
     """Requests join and leave between steps (continuous batching).
 
-    ``step`` submits step ``i + 1`` before it asks for the tokens of step ``i``, so the device never
-    waits for the host. Ends for length are known in advance; an end token is seen one step late, and
-    what that step sampled for the request is dropped.
+    ``step`` submits step ``i + 1`` before it asks for the tokens of step ``i``: a device with a
+    thread of its own never waits for the host. Ends for length are known in advance; an end token is
+    seen one step late, and what that step sampled for the request is dropped.
     """
 
     def __init__(
@@ -55,95 +58,114 @@ class EngineCore:
         runner: ModelRunner,
         *,
         batcher: Batcher,
-        max_model_len: int,
-        vocab_size: int,
+        limits: RequestLimits,
+        grammars: Grammars,
     ) -> None:
         self.runner = runner
         self.batcher = batcher
         self.table: RequestTable = batcher.table
-        self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
+        self.limits = limits
+        self.grammars = grammars
+        self._prompt_logprobs = PromptLogprobs()
         self._under_way: _UnderWay | None = None
         self._num_steps = 0
+        self._num_batched_tokens = 0
+        self._step_tokens = [0] * (len(STEP_TOKEN_BUCKETS) + 1)
 
     @property
     def has_requests(self) -> bool:
         """Whether another step has anything to do."""
-        return self._under_way is not None or self.batcher.has_requests
+        return bool(self._under_way or self.batcher.has_requests or self.grammars.num_pending)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that :meth:`check` lets pass."""
-        self.batcher.add(request, limit=self.check(request))
-
-    def check(self, request: EngineRequest) -> int:
-        """The tokens at which the request ends for its length, its prompt included.
-
-        One that could never run is refused with a :class:`RequestError` or :class:`OutOfBlocksError`.
-        """
-        num_prompt = _checked(request.prompt_token_ids, vocab_size=self.vocab_size)
-        request.params.check_vocabulary(self.vocab_size)
-        _check_offered(request.params)
-        room = self.max_model_len - num_prompt
-        if room < 1:
-            raise PromptTooLongError(
-                f"the prompt has {num_prompt} tokens, and max_model_len={self.max_model_len} "
-                "must hold it and at least one more: shorten the prompt or raise max_model_len"
-            )
-        most = request.params.max_tokens
-        limit = num_prompt + (room if most is None else min(room, most))
-        self.batcher.check(num_prompt=num_prompt, limit=limit)
-        return limit
+        """Queue a request; RequestError or OutOfBlocksError for one that could never run."""
+        waiting = Waiting(request, self.limits.check(request))
+        if request.params.structured_outputs is None:
+            self.batcher.add(waiting)
+        else:
+            self.grammars.start(waiting, request.params.structured_outputs)
 
     def abort(self, keys: Sequence[int]) -> None:
         """Drop requests, wherever they are; what ended already is left alone."""
         slots = np.flatnonzero(np.isin(self.table.keys, np.array(keys, dtype=np.int64)))
         for slot in slots.tolist():
-            self.batcher.release(slot)
+            self._release(slot)
         self.batcher.drop_waiting(set(keys))
+        self.grammars.drop(keys)
 
     def step(self) -> StepOutput | None:
-        """Submit the next step, then tell what the one before it found; None if there was none.
+        """Submit the next step, then tell what the one before it found; None if there is no news.
 
         When a step fails, all requests are dropped: each has keys and values that were not stored.
         """
         before = self._under_way
         try:
+            failed = self._admit_compiled()
             self._under_way = self._submit()
-            if before is None:
-                assert self._under_way or not self.batcher.has_requests, "requests wait for nothing"
-                return None
-            return self._collect(before)
+            output = self._collect(before) if before else None
+            self._guide()
         except BaseException:
-            self._under_way = None
-            self.batcher.reset()
+            self._reset()
             raise
+        if self._under_way is None and before is None:
+            self._wait_for_grammars()
+        return _with_failed(output, failed)
 
     def stats(self) -> EngineStats:
         """Counts for people and dashboards."""
         batcher, allocator = self.batcher, self.batcher.allocator
         return EngineStats(
             num_running=len(batcher.running),
-            num_waiting=batcher.num_waiting,
+            num_waiting=batcher.num_waiting + self.grammars.num_pending,
             num_blocks=allocator.num_usable,
             num_used_blocks=allocator.num_usable - allocator.num_free,
             num_preemptions=batcher.num_preemptions,
             num_cache_queries=batcher.num_cache_queries,
             num_cache_hits=batcher.num_cache_hits,
             num_steps=self._num_steps,
+            num_batched_tokens=self._num_batched_tokens,
+            step_tokens=tuple(self._step_tokens),
         )
 
     def close(self) -> None:
-        """Drop all requests, and release the device."""
+        """Wait for the step under way, and release the device; requests that are left never end."""
+        self.grammars.close()
+        if self._under_way and self._under_way.mask:
+            self._under_way.mask.cancel()
         self.runner.close()
+
+    def _admit_compiled(self) -> dict[int, str]:
+        """Queue requests whose grammar is ready; why others failed, by key."""
+        failed = {}
+        for waiting, error in self.grammars.finished():
+            if error is None:
+                self.batcher.add(waiting)
+            else:
+                failed[waiting.request.key] = " ".join(str(error).split())
+        return failed
+
+    def _wait_for_grammars(self) -> None:
+        if self.grammars.num_pending:
+            self.grammars.wait()
+        else:
+            assert not self.batcher.has_requests, "requests wait for nothing"
 
     def _submit(self) -> _UnderWay | None:
         entries = self.batcher.next_batch()
         if not len(entries):
             return None
-        self._num_steps += 1
         batch = Batch.pack(self.table, entries)
+        self._count(batch.num_tokens)
         sampling = self._sampling(batch)
-        return _UnderWay(batch, sampling, self.runner.submit(batch, sampling))
+        guided = np.flatnonzero(self.table.has_grammar[batch.slots])
+        mask: Future[TokenMask] | None = Future() if len(guided) else None
+        sampled = self.runner.submit(batch, sampling, mask=mask)
+        return _UnderWay(batch, sampling, sampled, guided, mask)
+
+    def _count(self, num_tokens: int) -> None:
+        self._num_steps += 1
+        self._num_batched_tokens += num_tokens
+        self._step_tokens[bisect_left(STEP_TOKEN_BUCKETS, num_tokens)] += 1
 
     def _sampling(self, batch: Batch) -> SamplingBatch:
         table = self.table
@@ -156,99 +178,99 @@ class EngineCore:
             block_size=table.block_size,
         )
 
+    def _guide(self) -> None:
+        """Tell the step under way which tokens grammars allow, now that those before are known."""
+        if self._under_way and self._under_way.mask:
+            guided = self._under_way.guided
+            mask = self.grammars.mask(guided, self._under_way.batch.keys[guided])
+            self._under_way.mask.set_result(mask)
+
     def _collect(self, step: _UnderWay) -> StepOutput:
         batch, table = step.batch, self.table
         sampled = step.sampled.result()
         tokens = sampled.tokens.cpu().numpy()
         # The others ended, or were aborted, after this step had been submitted.
         alive = table.keys[batch.slots] == batch.keys
-        slots, tokens = batch.slots[alive], tokens[alive]
+        slots, tokens, keys = batch.slots[alive], tokens[alive], batch.keys[alive]
         table.append(slots, tokens)
-        keys = batch.keys[alive]
-        logprobs = _logprobs(sampled, step.sampling, keys=np.where(alive, batch.keys, EMPTY))
-        is_first = batch.counters[alive] == 0
-        reasons, stop_reasons = self._ends(slots, tokens)
-        return StepOutput(
+        self._prompt_logprobs.add(sampled.prompt_logprobs, batch)
+        output = StepOutput(
             keys=keys.tolist(),
             tokens=tokens.tolist(),
-            finish_reasons=reasons,
-            stop_reasons=stop_reasons,
-            logprobs=logprobs,
-            num_cached_tokens=dict(
-                zip(
-                    keys[is_first].tolist(), table.num_cached[slots[is_first]].tolist(), strict=True
-                )
+            logprobs=sampled_logprobs(
+                sampled.logprobs, step.sampling, keys=batch.keys, alive=alive
             ),
         )
+        for slot in slots[batch.counters[alive] == 0].tolist():
+            self._tell_first(slot, output)
+        self._end(slots, tokens, output)
+        return output
 
-    def _ends(self, slots: Ints, tokens: Ints) -> tuple[dict[int, FinishReason], dict[int, int]]:
-        """Release the requests that ended, and say why, by key."""
+    def _tell_first(self, slot: int, output: StepOutput) -> None:
+        """What is told with the first token of a request."""
+        table = self.table
+        key = int(table.keys[slot])
+        output.num_cached_tokens[key] = int(table.num_cached[slot])
+        output.times[key] = table.times(slot)
+        if table.num_prompt_logprobs[slot] >= 0:
+            output.prompt_logprobs[key] = self._prompt_logprobs.take(key)
+
+    def _end(self, slots: Ints, tokens: Ints, output: StepOutput) -> None:
+        """Release the requests that ended, and tell why."""
         table = self.table
         is_end = np.isin(tokens, table.eos_token_ids) & ~table.ignores_eos[slots]
-        stop_reasons: dict[int, int] = {}
-        for at in np.flatnonzero(table.has_stop_ids[slots]).tolist():
-            token, slot = int(tokens[at]), int(slots[at])
-            if token in (table.request(slot).params.stop_token_ids or ()):
-                is_end[at] = True
-                stop_reasons[int(table.keys[slot])] = token
+        self._see_stop_ids(slots, is_end, output)
+        self._follow_grammars(slots, is_end, output)
         is_long = table.num_known[slots] >= table.limit[slots]
         ended = np.flatnonzero(is_end | is_long)
-        reasons: dict[int, FinishReason] = {
-            int(table.keys[slots[at]]): "stop" if is_end[at] else "length" for at in ended.tolist()
-        }
+        for at in ended.tolist():
+            reason: FinishReason = "stop" if is_end[at] else "length"
+            output.finish_reasons.setdefault(output.keys[at], reason)
         gone = slots[ended]
         self.batcher.lengths.add(table.num_known[gone] - table.num_prompt[gone])
         for slot in gone.tolist():
-            self.batcher.release(slot)
-        return reasons, stop_reasons
+            self._release(slot)
+
+    def _see_stop_ids(self, slots: Ints, is_end: Bools, output: StepOutput) -> None:
+        for at in np.flatnonzero(self.table.has_stop_ids[slots]).tolist():
+            token = output.tokens[at]
+            if token in (self.table.request(slots[at]).params.stop_token_ids or ()):
+                is_end[at] = True
+                output.stop_reasons[output.keys[at]] = token
+
+    def _follow_grammars(self, slots: Ints, is_end: Bools, output: StepOutput) -> None:
+        for at in np.flatnonzero(self.table.has_grammar[slots]).tolist():
+            key = output.keys[at]
+            try:
+                is_end[at] |= self.grammars.accept(key, output.tokens[at])
+            except RequestError as error:
+                is_end[at] = True
+                output.errors[key] = str(error)
+                output.finish_reasons[key] = "error"
+
+    def _release(self, slot: int) -> None:
+        key = [int(self.table.keys[slot])]
+        self.batcher.release(slot)
+        self.grammars.drop(key)
+        self._prompt_logprobs.drop(key)
+
+    def _reset(self) -> None:
+        if self._under_way and self._under_way.mask:
+            self._under_way.mask.cancel()
+        self._under_way = None
+        self.batcher.reset()
+        self.grammars.clear()
+        self._prompt_logprobs.clear()
 
 
-_PLAIN = SamplingParams()
-_NOT_OFFERED = ("prompt_logprobs", "structured_outputs")
-
-
-def _check_offered(params: SamplingParams) -> None:
-    for name in _NOT_OFFERED:
-        value = getattr(params, name)
-        if value != getattr(_PLAIN, name):
-            raise ConfigError(
-                f"{name}={value!r:.80}: the engine does not offer this yet; leave it out"
-            )
-
-
-def _checked(token_ids: Sequence[int], *, vocab_size: int) -> int:
-    """The number of tokens; one that the model has no embedding for would end the whole step."""
-    ids = np.asarray(token_ids)
-    if not ids.size:
-        raise EmptyPromptError("the prompt has no tokens, so there is nothing to continue")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise RequestError("prompt_token_ids must be a list of integers")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise RequestError(
-            f"prompt_token_ids holds {low if low < 0 else high}, but the model's tokens are 0 to "
-            f"{vocab_size - 1}; use the model's own tokenizer"
-        )
-    return len(ids)
-
-
-def _logprobs(sampled: Sampled, sampling: SamplingBatch, *, keys: Ints) -> dict[int, TokenLogprobs]:
-    """Of the rows that ask for them and still have a key."""
-    rows = np.flatnonzero((sampling.num_logprobs >= 0) & (keys != EMPTY)).tolist()
-    if sampled.logprobs is None or not rows:
-        return {}
-    ids, values, ranks = (
-        tensor.cpu().numpy()
-        for tensor in (
-            sampled.logprobs.token_ids,
-            sampled.logprobs.logprobs,
-            sampled.logprobs.ranks,
-        )
-    )
-    counts = sampling.num_logprobs + 1
-    return {
-        int(keys[row]): TokenLogprobs(
-            ids[row, : counts[row]].tolist(), values[row, : counts[row]].tolist(), int(ranks[row])
-        )
-        for row in rows
-    }
+def _with_failed(output: StepOutput | None, failed: dict[int, str]) -> StepOutput | None:
+    """Requests that never ran are told with those that did."""
+    if not failed:
+        return output
+    output = output or StepOutput(keys=[], tokens=[])
+    for key, message in failed.items():
+        output.keys.append(key)
+        output.tokens.append(NO_TOKEN)
+        output.errors[key] = message
+        output.finish_reasons[key] = "error"
+    return output

@@ -1,6 +1,6 @@
 """``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -11,11 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.assemble import make_core
 from nanoflow_compiler.engine.core import EngineCore
-from nanoflow_compiler.engine.engine_config import (
-    MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
-    EngineConfig,
-)
+from nanoflow_compiler.engine.engine_config import EngineConfig
+from nanoflow_compiler.engine.limits import RequestLimits
 from nanoflow_compiler.engine.output_processor import Answer, OutputProcessor
 from nanoflow_compiler.engine.outputs import RequestOutput
 from nanoflow_compiler.engine.prompt import Prompt
@@ -38,10 +35,11 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
-        max_num_seqs: int = MAX_NUM_SEQS,
-        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         num_kv_blocks: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None,
         enable_prefix_caching: bool = True,
         seed: int = 0,
         load_format: Literal["auto", "dummy"] = "auto",
@@ -54,17 +52,17 @@ class LLM:
                 f"tensor_parallel_size={tensor_parallel_size}: this engine runs on one device"
             )
         compile_config = CompileConfig.from_options(options)
-        served = Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
         config = EngineConfig(
-            max_model_len=served.max_model_len if max_model_len is None else max_model_len,
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             num_kv_blocks=num_kv_blocks,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
-        self.config = config
+        served = Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
         self.tokenizer = served.tokenizer
         self._path = served.path
         self._processor = OutputProcessor(served.tokenizer)
@@ -77,14 +75,22 @@ class LLM:
         """The local directory of the model; ``None`` where it was given as a module."""
         return self._path
 
+    @property
+    def limits(self) -> RequestLimits:
+        """What one request may ask for."""
+        return self._open_core().limits
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finished: Callable[[int], None] = lambda _: None,
     ) -> list[RequestOutput]:
         """One output per prompt, in the order of the prompts.
 
-        All prompts are checked before any of them runs.
+        All prompts are checked before any of them runs. ``on_finished`` is told how many prompts each
+        step finished.
         """
         core = self._open_core()
         listed: list[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
@@ -95,8 +101,8 @@ class LLM:
         ]
         for answer in answers:
             for request in answer.requests:
-                core.check(request)
-        self._run(core, answers)
+                core.limits.check(request)
+        self._run(core, answers, on_finished)
         return [answer.output() for answer in answers]
 
     def _answer(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Answer:
@@ -107,7 +113,9 @@ class LLM:
             prompt=prompt if isinstance(prompt, str) else None,
         )
 
-    def _run(self, core: EngineCore, answers: Sequence[Answer]) -> None:
+    def _run(
+        self, core: EngineCore, answers: Sequence[Answer], on_finished: Callable[[int], None]
+    ) -> None:
         """Until all are finished; whatever stops the loop, none is left in the engine."""
         try:
             for answer in answers:
@@ -116,8 +124,9 @@ class LLM:
                     core.add(request)
             while core.has_requests:
                 if (output := core.step()) is not None:
-                    _, stopped = self._processor.process(output)
+                    grown, stopped = self._processor.process(output)
                     core.abort(stopped)
+                    on_finished(sum(answer.finished for answer in grown))
         finally:
             for answer in answers:
                 core.abort(self._processor.close(answer))

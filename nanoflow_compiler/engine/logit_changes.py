@@ -6,13 +6,14 @@ from torch import Tensor
 
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.engine.upload import upload
 
 __all__ = ["change_logits"]
 
 
 def change_logits(
-    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: Tensor | None
+    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: TokenMask | None
 ) -> Tensor:
     """Mask, bias, bars and penalties, in the order of vLLM; the same tensor if no row asks for any."""
     few = (batch.bias_rows, batch.barred_rows, batch.penalty_rows)
@@ -30,14 +31,16 @@ def change_logits(
     return logits
 
 
-def _apply_mask(logits: Tensor, mask: Tensor) -> None:
+def _apply_mask(logits: Tensor, mask: TokenMask) -> None:
     num_tokens = logits.shape[-1]
-    assert mask.shape[-1] * 32 >= num_tokens
+    assert mask.words.shape[-1] * 32 >= num_tokens
     shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
     size = max(1, MAX_ELEMENTS // num_tokens)
-    for part, words in zip(logits.split(size), mask.split(size), strict=True):
-        bits = (words[:, :, None] >> shifts) & 1
-        part.masked_fill_(bits.flatten(1)[:, :num_tokens] == 0, -torch.inf)
+    rows, words = upload((mask.rows, mask.words), device=logits.device)
+    for some, their_words in zip(rows.split(size), words.split(size), strict=True):
+        bits = (their_words[:, :, None] >> shifts) & 1
+        is_barred = bits.flatten(1)[:, :num_tokens] == 0
+        logits[some] = logits[some].masked_fill_(is_barred, -torch.inf)
 
 
 def _add_bias(logits: Tensor, batch: SamplingBatch) -> None:

@@ -9,8 +9,10 @@ from nanoflow_compiler.engine.sampling_params import SamplingParams
 __all__ = [
     "NO_TOKEN",
     "STEP_TOKEN_BUCKETS",
+    "Command",
     "EngineRequest",
     "EngineStats",
+    "Event",
     "FinishReason",
     "RequestTimes",
     "StepOutput",
@@ -103,3 +105,23 @@ class EngineStats:
     """Tokens of all steps."""
     step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKEN_BUCKETS) + 1)
     """Steps by their number of tokens: each bucket counts those up to its bound and above the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a client wants done before the next step: first requests to add, then keys to abort."""
+
+    add: Sequence[EngineRequest] = ()
+    abort: Sequence[int] = ()
+    close: bool = False
+    """The last command: the engine ends, and with it what it still runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What an engine tells after a step."""
+
+    stats: EngineStats | None = None
+    output: StepOutput | None = None
+    error: str | None = None
+    """The last event of an engine that failed: one line."""

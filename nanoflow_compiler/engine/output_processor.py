@@ -11,12 +11,13 @@ from nanoflow_compiler.engine.messages import (
     NO_TOKEN,
     EngineRequest,
     FinishReason,
+    RequestTimes,
     StepOutput,
     TokenLogprobs,
 )
 from nanoflow_compiler.engine.outputs import CompletionOutput, RequestOutput
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.errors import ConfigError
+from nanoflow_compiler.errors import ConfigError, RequestError
 
 __all__ = ["Answer", "OutputProcessor"]
 
@@ -67,7 +68,9 @@ class Answer:
     completions: tuple[_Completion, ...]
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    times: RequestTimes | None = None
     error: str | None = None
+    """Why it failed; it has no output then."""
 
     @property
     def requests(self) -> list[EngineRequest]:
@@ -84,7 +87,9 @@ class Answer:
             completion.finish_reason = completion.finish_reason or "abort"
 
     def output(self) -> RequestOutput:
-        """As it is now."""
+        """As it is now; :class:`RequestError` if it failed."""
+        if self.error is not None:
+            raise RequestError(self.error)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -93,6 +98,7 @@ class Answer:
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=self.prompt_logprobs,
+            times=self.times,
         )
 
 
@@ -161,6 +167,7 @@ class OutputProcessor:
             answer.num_cached_tokens = step.num_cached_tokens.get(key, answer.num_cached_tokens)
             if key in step.prompt_logprobs:
                 answer.prompt_logprobs = tuple(step.prompt_logprobs[key])
+            answer.times = step.times.get(key, answer.times)
         if key in step.errors:
             answer.error = step.errors[key]
         if token == NO_TOKEN:
@@ -175,7 +182,8 @@ class OutputProcessor:
         for index in range(params.n):
             key = next(self._keys)
             group = key if group is None else group
-            seed = None if params.seed is None else params.seed + index
+            # As wide as it counts, and as it can be sent.
+            seed = None if params.seed is None else (params.seed + index) % 2**64
             yield EngineRequest(
                 key=key,
                 request_id=request_id if params.n == 1 else f"{request_id}-{index}",

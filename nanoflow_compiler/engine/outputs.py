@@ -1,6 +1,6 @@
 """What the engine returns; names are vLLM's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanoflow_compiler.engine.messages import FinishReason, RequestTimes, TokenLogprobs
 
@@ -38,5 +38,5 @@ class RequestOutput:
     """Prompt tokens that the first completion found in the prefix cache."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Of each prompt token but the first, if they were asked for."""
-    times: RequestTimes | None = None
-    """Of the first completion."""
+    times: RequestTimes | None = field(default=None, compare=False)
+    """Of the first completion, once its first token is known."""

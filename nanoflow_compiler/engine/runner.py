@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
-from nanoflow_compiler.engine.batch import Batch, Ints
+from nanoflow_compiler.engine.batch import Batch
+from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampler import Sampled, sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.token_mask import TokenMask
+from nanoflow_compiler.engine.upload import upload
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
@@ -73,7 +77,10 @@ class PreparedStep:
     unknown_slots: Tensor
     positions: Tensor
     rows: Tensor
+    """Of which logits are computed: those that are sampled, then those of prompts."""
     slots: Tensor
+    prompt_targets: Tensor
+    num_prompt_logprobs: int
     cuts: tuple[int, ...]
     state: AttentionState
     sampling: SamplingBatch
@@ -113,14 +120,21 @@ class ModelRunner:
             ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device") if threaded else None
         )
 
-    def submit(self, batch: Batch, sampling: SamplingBatch) -> "Future[Sampled]":
-        """What the batch samples, when it has; rows of logits are those of ``batch.rows``."""
+    def submit(
+        self,
+        batch: Batch,
+        sampling: SamplingBatch,
+        *,
+        mask: "Future[TokenMask] | None" = None,
+    ) -> "Future[Sampled]":
+        """What the batch samples, when it has; rows of logits are those of ``batch.rows``.
+
+        Only sampling waits for ``mask``, which may depend on what the step before this one samples.
+        """
         prepared = self._prepare(batch, sampling)
         if self._worker is not None:
-            return self._worker.submit(self._run, prepared)
-        done: Future[Sampled] = Future()
-        done.set_result(self._run(prepared))
-        return done
+            return self._worker.submit(self._run, prepared, mask)
+        return self._run_here(prepared, mask)
 
     def close(self) -> None:
         """Wait for what was submitted, and release the step."""
@@ -139,28 +153,74 @@ class ModelRunner:
             layout.part(cuts[first], cuts[last], device=self.cache.device)
             for first, last in self.step.attention_parts
         )
+        arrays = (
+            batch.token_ids,
+            batch.unknown,
+            batch.unknown_slots,
+            batch.positions,
+            np.concatenate([batch.rows, batch.prompt_rows]),
+            batch.slots,
+            batch.prompt_targets,
+        )
+        ids, unknown, unknown_slots, positions, rows, slots, targets = upload(
+            arrays, device=self.cache.device
+        )
         return PreparedStep(
-            input_ids=self._tensor(batch.token_ids),
-            unknown=self._tensor(batch.unknown),
-            unknown_slots=self._tensor(batch.unknown_slots),
-            positions=self._tensor(batch.positions),
-            rows=self._tensor(batch.rows),
-            slots=self._tensor(batch.slots),
+            input_ids=ids,
+            unknown=unknown,
+            unknown_slots=unknown_slots,
+            positions=positions,
+            rows=rows,
+            slots=slots,
+            prompt_targets=targets,
+            num_prompt_logprobs=int(batch.prompt_counts.max(initial=0)),
             cuts=cuts,
             state=AttentionState(self.cache, parts),
             sampling=sampling,
         )
 
-    def _tensor(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self.cache.device)
+    def _run(self, prepared: PreparedStep, mask: "Future[TokenMask] | None") -> Sampled:
+        logits = self._forward(prepared)
+        return self._choose(logits, prepared, mask.result() if mask else None)
+
+    def _run_here(
+        self, prepared: PreparedStep, mask: "Future[TokenMask] | None"
+    ) -> "Future[Sampled]":
+        """The caller makes the mask after this returns, so that sampling is left to who makes it."""
+        sampled: Future[Sampled] = Future()
+        logits = self._forward(prepared)
+
+        def choose(known: "Future[TokenMask]") -> None:
+            try:
+                sampled.set_result(self._choose(logits, prepared, known.result()))
+            except Exception as error:  # whoever asks for the result gets it
+                sampled.set_exception(error)
+
+        if mask is None:
+            sampled.set_result(self._choose(logits, prepared, None))
+        else:
+            mask.add_done_callback(choose)
+        return sampled
 
     @torch.inference_mode()
-    def _run(self, prepared: PreparedStep) -> Sampled:
+    def _forward(self, prepared: PreparedStep) -> Tensor:
+        """Logits of all rows."""
         ids = prepared.input_ids
         ids[prepared.unknown] = self.last_tokens[prepared.unknown_slots]
         self.token_store[prepared.state.parts[0].slots] = ids
         with attention_state(prepared.state):
-            logits = self.step(ids, prepared.positions, prepared.rows, prepared.cuts)
-        sampled = sample(logits, prepared.sampling, token_store=self.token_store, mask=None)
+            return self.step(ids, prepared.positions, prepared.rows, prepared.cuts)
+
+    @torch.inference_mode()
+    def _choose(self, logits: Tensor, prepared: PreparedStep, mask: TokenMask | None) -> Sampled:
+        num_sampled = len(prepared.slots)
+        sampled = sample(
+            logits[:num_sampled], prepared.sampling, token_store=self.token_store, mask=mask
+        )
         self.last_tokens[prepared.slots] = sampled.tokens
-        return sampled
+        if len(logits) == num_sampled:
+            return sampled
+        found = prompt_logprobs(
+            logits[num_sampled:], prepared.prompt_targets, num=prepared.num_prompt_logprobs
+        )
+        return replace(sampled, prompt_logprobs=found)

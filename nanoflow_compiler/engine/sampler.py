@@ -17,6 +17,7 @@ from nanoflow_compiler.engine.draw import Draw, draw
 from nanoflow_compiler.engine.logit_changes import change_logits
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_logprobs
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.engine.upload import upload
 
 __all__ = ["Sampled", "sample", "uniform"]
@@ -31,15 +32,16 @@ class Sampled:
 
     tokens: Tensor
     logprobs: TopLogprobs | None
+    prompt_logprobs: TopLogprobs | None = None
+    """Of the tokens of prompts, where they were asked for."""
 
 
 def sample(
-    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: Tensor | None
+    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: TokenMask | None
 ) -> Sampled:
     """Choose from ``logits [S, V]`` (float32), which are left unchanged.
 
-    ``token_store`` holds the token of every slot of the KV cache. ``mask [S, V / 32]`` has one bit
-    for each token in 32-bit words, as xgrammar writes them; the bit of a token that may come is 1.
+    ``token_store`` holds the token of every slot of the KV cache.
     """
     changed = change_logits(logits, batch, token_store=token_store, mask=mask)
     tokens = _chosen(changed, batch)

@@ -6,7 +6,6 @@ xgrammar does the work; it is imported at the first request that asks for a stru
 import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,10 +111,12 @@ class GrammarCompiler:
         self._compiler = self._xgrammar.GrammarCompiler(
             info, max_threads=NUM_COMPILE_THREADS, cache_limit_bytes=CACHE_BYTES
         )
-        self._pool = ThreadPoolExecutor(NUM_COMPILE_THREADS, thread_name_prefix="grammar")
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """A grammar at its beginning; :class:`RequestError` for one that cannot be compiled."""
+        """A grammar at its beginning; :class:`RequestError` for one that cannot be compiled.
+
+        May be called from several threads; a large schema takes seconds.
+        """
         if isinstance(params.json, str):
             check_schema(params.json)
         try:
@@ -125,14 +126,6 @@ class GrammarCompiler:
                 f"structured_outputs.{params.kind} cannot be compiled: {_one_line(error)}"
             ) from error
         return Grammar(self._xgrammar.GrammarMatcher(compiled))
-
-    def compile_async(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """The same from another thread: a large schema takes seconds."""
-        return self._pool.submit(self.compile, params)
-
-    def close(self) -> None:
-        """Let go of the threads; what waits to be compiled is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compiled(self, params: StructuredOutputsParams) -> Any:
         match params.kind:

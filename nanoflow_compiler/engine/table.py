@@ -1,16 +1,20 @@
 """The running requests as columns: one row, its *slot*, for each."""
 
+import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nanoflow_compiler.engine.messages import EngineRequest
+from nanoflow_compiler.engine.messages import EngineRequest, RequestTimes
 from nanoflow_compiler.engine.sampling_columns import SamplingColumns
 
 __all__ = ["EMPTY", "RequestTable"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 EMPTY = -1
 """The key of a slot without a request."""
@@ -36,7 +40,7 @@ class RequestTable:
     ) -> None:
         """``seed`` is for requests without one of their own, which then repeat with their key."""
 
-        def column(dtype: npt.DTypeLike = np.int64) -> npt.NDArray[np.int64]:
+        def column(dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
             return np.zeros(num_slots, dtype=dtype)
 
         self.block_size = block_size
@@ -44,25 +48,31 @@ class RequestTable:
         self.keys = np.full(num_slots, EMPTY, dtype=np.int64)
         # Zeros that nobody has touched take no memory.
         self.token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
-        self.num_prompt = column()
-        self.num_known = column()
-        self.num_scheduled = column()
-        self.num_computed = column()
-        self.num_cached = column()
+        self.num_prompt: Ints = column()
+        self.num_known: Ints = column()
+        self.num_scheduled: Ints = column()
+        self.num_computed: Ints = column()
+        self.num_cached: Ints = column()
         """Tokens that were found in the cache when the request was first admitted."""
-        self.limit = column()
+        self.arrived_s: Floats = column(np.float64)
+        self.admitted_s: Floats = column(np.float64)
+        """When its first tokens were put into a step; both by the monotonic clock."""
+        self.limit: Ints = column()
         """Tokens at which a request ends for its length, prompt included."""
         self.block_tables = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int32)
-        self.num_blocks = column()
+        self.num_blocks: Ints = column()
         self.block_names: list[list[bytes]] = [[] for _ in range(num_slots)]
         """Names of the full blocks of known tokens, from the first."""
-        self.num_named = column()
+        self.num_named: Ints = column()
         """Blocks that others can find."""
         self.sampling = SamplingColumns.allocate(num_slots)
         self.eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
         self.seed = seed
-        self.ignores_eos = np.zeros(num_slots, dtype=np.bool_)
-        self.has_stop_ids = np.zeros(num_slots, dtype=np.bool_)
+        self.ignores_eos: Bools = column(np.bool_)
+        self.has_stop_ids: Bools = column(np.bool_)
+        self.has_grammar: Bools = column(np.bool_)
+        self.num_prompt_logprobs: Ints = column()
+        """-1 is none."""
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -75,7 +85,7 @@ class RequestTable:
         assert request is not None, f"slot {slot} is empty"
         return request
 
-    def insert(self, request: EngineRequest, *, limit: int) -> int:
+    def insert(self, request: EngineRequest, *, limit: int, arrived_s: float) -> int:
         """The slot of a new request."""
         slot = self._free.pop()
         prompt = np.asarray(request.prompt_token_ids, dtype=np.int32)
@@ -84,9 +94,13 @@ class RequestTable:
         self.token_ids[slot, : len(prompt)] = prompt
         self.num_prompt[slot] = self.num_known[slot] = self.num_scheduled[slot] = len(prompt)
         self.limit[slot] = limit
+        self.arrived_s[slot] = arrived_s
         params = request.params
         self.ignores_eos[slot] = params.ignore_eos
         self.has_stop_ids[slot] = bool(params.stop_token_ids)
+        self.has_grammar[slot] = params.structured_outputs is not None
+        num = params.prompt_logprobs
+        self.num_prompt_logprobs[slot] = -1 if num is None else num
         seed = (self.seed << 32) + request.key if params.seed is None else params.seed
         self.sampling.put(slot, params, seed=seed, eos_token_ids=self.eos_token_ids.tolist())
         self.block_names[slot] = []
@@ -100,6 +114,13 @@ class RequestTable:
         self.keys[slot] = EMPTY
         self.block_names[slot] = []
         self._free.append(slot)
+
+    def times(self, slot: int) -> RequestTimes:
+        """Of a request whose first token is known now."""
+        arrived_s, admitted_s = float(self.arrived_s[slot]), float(self.admitted_s[slot])
+        return RequestTimes(
+            queued_s=admitted_s - arrived_s, prefill_s=time.monotonic() - admitted_s
+        )
 
     def blocks(self, slot: int) -> list[int]:
         """The blocks of a request in order."""
@@ -123,10 +144,3 @@ class RequestTable:
         """The values of the tokens that were sampled first of those not known."""
         self.token_ids[slots, self.num_known[slots]] = tokens
         self.num_known[slots] += 1
-
-    def output(self, slot: int) -> list[int]:
-        """The known tokens after the prompt."""
-        tokens: list[int] = self.token_ids[
-            slot, self.num_prompt[slot] : self.num_known[slot]
-        ].tolist()
-        return tokens

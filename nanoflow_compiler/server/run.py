@@ -74,6 +74,11 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=LAST_ANSWERS_S,
                 backlog=BACKLOG,
                 server_header=False,
+                log_level=settings.uvicorn_log_level,
+                ssl_keyfile=settings.ssl_keyfile,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_ca_certs=settings.ssl_ca_certs,
+                ssl_cert_reqs=settings.ssl_cert_reqs,
             )
         )
 
@@ -83,7 +88,8 @@ class Server(uvicorn.Server):
         self.context.metrics.set_started()
         for listening in sockets or ():
             host, port = listening.getsockname()[:2]
-            _LOG.info("serving %s at http://%s:%d", self.context.model_names[0], host, port)
+            scheme = "https" if self.config.is_ssl else "http"
+            _LOG.info("serving %s at %s://%s:%d", self.context.model_names[0], scheme, host, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -106,7 +112,7 @@ class Server(uvicorn.Server):
 
     async def _drain_then_exit(self) -> None:
         admission = self.context.admission
-        limit = self.context.settings.shutdown_timeout_s
+        limit = self.context.settings.shutdown_timeout
         _LOG.info("shutting down: %d open, waiting at most %g s", admission.num_open, limit)
         try:
             async with asyncio.timeout(limit):
@@ -119,7 +125,7 @@ class Server(uvicorn.Server):
         """The clients see the finish reason ``abort``."""
         open_ids = self.context.admission.open_ids
         _LOG.warning(
-            "%d requests did not end in time and are aborted; shutdown_timeout_s gives them longer",
+            "%d requests did not end in time and are aborted; shutdown_timeout gives them longer",
             len(open_ids),
         )
         for request_id in open_ids:

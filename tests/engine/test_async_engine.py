@@ -6,8 +6,11 @@ import threading
 import pytest
 
 from nanoflow_compiler.engine.async_engine import AsyncEngine
+from nanoflow_compiler.engine.limits import RequestLimits
+from nanoflow_compiler.engine.link import ThreadLink
 from nanoflow_compiler.engine.messages import EngineRequest
 from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.structured import StructuredOutputsParams
 from nanoflow_compiler.errors import (
     EmptyPromptError,
     EngineClosedError,
@@ -24,11 +27,11 @@ def run(scenario, **settings):
     """``scenario(engine)`` in an open engine, which afterwards holds nothing."""
 
     async def main():
-        core = make_core(num_blocks=60, **settings)
-        async with AsyncEngine(core, model_name="stub", tokenizer=byte_tokenizer()) as engine:
+        link = ThreadLink(make_core(num_blocks=60, **settings))
+        async with AsyncEngine(link, model_name="stub", tokenizer=byte_tokenizer()) as engine:
             result = await asyncio.wait_for(scenario(engine), timeout=30)
             await settled(engine)
-        assert not engine._thread.is_alive()
+        assert not link._thread.is_alive()
         return result
 
     return asyncio.run(main())
@@ -37,9 +40,10 @@ def run(scenario, **settings):
 async def settled(engine):
     """Nothing runs, nothing waits, every block is free."""
     while not engine.errored and (  # noqa: ASYNC110 - there is nothing to wait for
-        engine._core.has_requests or not engine._commands.empty() or engine._streams
+        engine.link.core.has_requests or not engine.link._commands.empty() or engine._streams
     ):
         await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)  # for the last event
     if not engine.errored:
         stats = await engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
@@ -125,13 +129,13 @@ def test_abort_by_name():
 
 def hold(engine):
     """Steps wait until the event that is returned is set."""
-    event, step = threading.Event(), engine._core.step
+    event, step = threading.Event(), engine.link.core.step
 
     def held():
         event.wait(10)
         return step()
 
-    engine._core.step = held
+    engine.link.core.step = held
     return event
 
 
@@ -155,7 +159,7 @@ def test_when_the_engine_dies_every_caller_hears_it():
         def fail():
             raise RuntimeError("the device is gone")
 
-        engine._core.step = fail
+        engine.link.core.step = fail
         tasks = [
             asyncio.ensure_future(last(engine, [5], LONG, request_id=str(i))) for i in range(3)
         ]
@@ -172,9 +176,42 @@ def test_when_the_engine_dies_every_caller_hears_it():
     run(scenario)
 
 
+def test_a_request_that_fails_inside_is_refused():
+    async def scenario(engine):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="no"))
+        with pytest.raises(RequestError, match="no cannot be compiled"):
+            await last(engine, [5, 6], params, request_id="a")
+
+    run(scenario)
+
+
+def test_a_request_that_nobody_checked_ends_alone(monkeypatch):
+    monkeypatch.setattr(RequestLimits, "check", checked_twice(RequestLimits.check))
+
+    async def scenario(engine):
+        with pytest.raises(RequestError, match="no tokens"):
+            await last(engine, [], LONG, request_id="a")
+        assert (await last(engine, [5], LONG, request_id="b")).finished
+
+    run(scenario)
+
+
+def checked_twice(check):
+    """Passes everything the first time, as a client would that does not check."""
+    seen = set()
+
+    def second(limits, request):
+        if request.key in seen:
+            return check(limits, request)
+        seen.add(request.key)
+        return 0
+
+    return second
+
+
 def test_a_closed_engine_refuses():
     async def main():
-        engine = AsyncEngine(make_core(), model_name="stub")
+        engine = AsyncEngine(ThreadLink(make_core()), model_name="stub")
         with pytest.raises(EngineClosedError):
             await last(engine, [5], LONG, request_id="a")
 

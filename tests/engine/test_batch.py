@@ -3,7 +3,7 @@
 import numpy as np
 
 from nanoflow_compiler.engine.batch import Batch
-from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.batcher import Batcher, Waiting
 from nanoflow_compiler.engine.blocks import BlockAllocator
 from nanoflow_compiler.engine.messages import EngineRequest
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -22,7 +22,7 @@ def make_batcher(*prompts, budget=100):
             params=SamplingParams(),
             group=key,
         )
-        batcher.add(request, limit=200)
+        batcher.add(Waiting(request, 200))
     return batcher
 
 

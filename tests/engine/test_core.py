@@ -1,6 +1,7 @@
 """The loop: any arrivals, lengths, aborts and cache sizes; tokens as if alone, each end once, no block lost."""
 
 import logging
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,15 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_compiler.engine import lengths
+from nanoflow_compiler.engine.messages import NO_TOKEN
+from nanoflow_compiler.engine.structured import StructuredOutputsParams
 from nanoflow_compiler.errors import (
     EmptyPromptError,
     OutOfBlocksError,
     PromptTooLongError,
     RequestError,
 )
-from stub_device import VOCABULARY, alone, make_core, make_request
+from stub_device import VOCABULARY, StubCompiler, alone, make_core, make_request
 
 SHARED = [(7 * number) % VOCABULARY for number in range(60)]
+
+
+NUMBERS = StructuredOutputsParams(regex="3")
 
 
 class Client:
@@ -68,7 +74,7 @@ class Client:
         assert self.ends.keys() | self.aborted == self.requests.keys()
         assert not self.ends.keys() & self.aborted
         for key, request in self.requests.items():
-            tokens, reason = alone(request, most=self.core.max_model_len)
+            tokens, reason = alone(request, most=self.core.limits.max_model_len)
             if key in self.ends:
                 assert (self.tokens[key], self.ends[key]) == (tokens, reason)
             else:
@@ -90,10 +96,11 @@ def play(data, core, client):
     for key in range(1, num_requests + 1):
         request = make_request(
             key,
-            data.draw(prompts(core.max_model_len)),
+            data.draw(prompts(core.limits.max_model_len)),
             max_tokens=data.draw(st.sampled_from([None, 1, 2, 5, 30])),
             ignore_eos=data.draw(st.booleans()),
             stop_token_ids=data.draw(st.sampled_from([(), (1, 9)])),
+            structured_outputs=data.draw(st.sampled_from([None, None, NUMBERS])),
         )
         try:
             client.add(request)
@@ -232,16 +239,72 @@ def test_a_request_that_can_never_fit():
     assert not core.has_requests
 
 
+def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone():
+    core = make_core()
+    client = Client(core)
+    client.add(make_request(1, [5, 6], max_tokens=3))
+    core.add(make_request(2, [5], structured_outputs=StructuredOutputsParams(regex="no")))
+    assert core.stats().num_waiting == 2
+    outputs = []
+    while core.has_requests:
+        outputs.append(core.step())
+    (failed,) = [output for output in outputs if output and 2 in output.keys]
+    assert failed.errors == {2: "no cannot be compiled"}
+    assert failed.finish_reasons[2] == "error"
+    assert failed.tokens[failed.keys.index(2)] == NO_TOKEN
+
+
+def test_a_request_that_waits_for_its_grammar_can_be_aborted():
+    held = threading.Event()
+
+    def make_compiler():
+        held.wait(10)
+        return StubCompiler()
+
+    core = make_core(make_compiler=make_compiler)
+    core.add(make_request(1, [5], structured_outputs=NUMBERS))
+    assert core.step() is None
+    assert core.has_requests
+    core.abort([1])
+    assert not core.has_requests
+    held.set()
+    core.close()
+
+
+def test_what_is_told_with_the_first_token():
+    core = make_core()
+    core.add(make_request(1, [5, 6], max_tokens=2, ignore_eos=True))
+    core.step()
+    first, second = core.step(), core.step()
+    assert first.times.keys() == {1}
+    assert first.times[1].queued_s >= 0 < first.times[1].prefill_s
+    assert not second.times
+
+
+def test_steps_are_counted_by_size():
+    core = make_core(budget=10)
+    core.add(make_request(1, [5] * 13, max_tokens=2, ignore_eos=True))
+    while core.has_requests:
+        core.step()
+    stats = core.stats()
+    assert (stats.num_steps, stats.num_batched_tokens) == (3, 14)
+    assert stats.step_tokens[:3] == (1, 1, 1)
+    assert sum(stats.step_tokens) == 3
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_requests():
     """With a device that only counts: nothing is lost, nothing waits forever."""
     rng = np.random.default_rng(0)
     core = make_core(num_slots=256, num_blocks=3000, budget=512, most=200)
 
-    def submit(batch, _sampling):
+    def submit(batch, _sampling, *, mask):
+        assert mask is None
         tokens = rng.integers(0, VOCABULARY, len(batch.rows))
         sampled = SimpleNamespace(cpu=lambda: SimpleNamespace(numpy=lambda: tokens))
-        return SimpleNamespace(result=lambda: SimpleNamespace(tokens=sampled, logprobs=None))
+        return SimpleNamespace(
+            result=lambda: SimpleNamespace(tokens=sampled, logprobs=None, prompt_logprobs=None)
+        )
 
     core.runner.submit = submit
     ended, added, total = {}, 0, 100_000

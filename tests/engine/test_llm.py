@@ -1,5 +1,7 @@
 """``LLM`` against transformers' generate: same tokens alone, batched, chunked, preempted."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from nanoflow_compiler.errors import (
     EngineClosedError,
     OutOfBlocksError,
     PromptTooLongError,
+    RequestError,
     UnsupportedGraphError,
 )
 from tiny_models import BUILDERS, MAX_LENGTH, llama
@@ -159,18 +162,61 @@ def test_prompts_are_checked_before_any_runs(llm):
     assert not llm._core.has_requests
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"prompt_logprobs": 0},
-        {"structured_outputs": StructuredOutputsParams(regex="a" * 200)},
-    ],
-)
-def test_what_is_not_offered_is_refused_by_name(llm, asked):
-    with pytest.raises(
-        ConfigError, match=f"{next(iter(asked))}=.*the engine does not offer this yet"
-    ):
-        llm.generate("a", SamplingParams(**asked))
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 7}, {"num_kv_blocks": 4}])
+def test_logprobs_of_prompts_are_those_of_the_model(settings, monkeypatch):
+    """However the prompt is cut, what is in the prefix cache, and whoever is preempted."""
+    monkeypatch.setattr(lengths, "FIRST_GUESS", 0)
+    model = llama()
+    prompts = make_prompts(62, 61, 1, 66)
+    prompts.append(prompts[3][:65])
+    params = SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=2, ignore_eos=True)
+    with LLM(model, enforce_eager=True, **settings) as llm:
+        outputs = [llm.generate(as_prompts(prompts), params) for _ in range(2)][1]
+        assert bool(llm._core.stats().num_preemptions) == ("num_kv_blocks" in settings)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        first, *others = output.prompt_logprobs
+        assert first is None
+        assert output.num_cached_tokens == 0
+        with torch.no_grad():
+            rows = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        assert len(others) == len(rows)
+        for row, token, found in zip(rows, prompt[1:], others, strict=True):
+            assert found.token_ids[0] == token
+            assert found.token_ids[1:] == row.topk(2).indices.tolist()
+            assert found.rank == (row > row[token]).sum() + 1
+            torch.testing.assert_close(torch.tensor(found.logprobs), row[found.token_ids])
+
+
+def test_structured_outputs(llm):
+    """Beside a request without a grammar, which is not disturbed."""
+    pytest.importorskip("xgrammar", reason="structured outputs need xgrammar")
+    structures = [
+        {"choice": ["first one", "second"]},
+        {"regex": "[a-c]{3}-[0-9]{2}"},
+        {"json": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+    ]
+    params = [
+        SamplingParams(
+            seed=seed, max_tokens=80, structured_outputs=StructuredOutputsParams(**structure)
+        )
+        for structure in structures
+        for seed in range(3)
+    ]
+    free = SamplingParams(seed=5, max_tokens=30)
+    (alone,) = llm.generate("Hello there", free)
+    *outputs, beside = llm.generate(["Hello there"] * (len(params) + 1), [*params, free])
+    assert beside.outputs == alone.outputs
+    texts = [output.outputs[0].text for output in outputs]
+    assert all(output.outputs[0].finish_reason == "stop" for output in outputs), texts
+    assert set(texts[:3]) <= {"first one", "second"}
+    assert all(re.fullmatch("[a-c]{3}-[0-9]{2}", text) for text in texts[3:6])
+    assert all(type(json.loads(text)["a"]) is bool for text in texts[6:])
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused(llm):
+    with pytest.raises((RequestError, ConfigError), match=r"regex cannot be compiled|pip install"):
+        llm.generate("a", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(((")))
+    assert not llm._core.has_requests
 
 
 def test_several_completions_of_a_prompt(llm):
@@ -261,6 +307,9 @@ def test_settings_are_checked():
         ({"max_model_len": MAX_LENGTH + 1}, "max_model_len"),
         ({"num_kv_blocks": 1, "kv_cache_memory_bytes": 10**6}, "not both"),
         ({"kv_cache_memory_bytes": 10}, "holds no block"),
+        ({"gpu_memory_utilization": 0.5}, "for a GPU"),
+        ({"gpu_memory_utilization": 1.5}, "at most 1"),
+        ({"gpu_memory_utilization": 0.5, "num_kv_blocks": 3}, "not both"),
         ({"dtype": "bfloat16"}, "given by name"),
         ({"options": {"partz": 2}}, "partz"),
     ):

@@ -49,6 +49,15 @@ def test_rows_that_ask_for_nothing_are_not_copied():
     assert change_logits(logits, batch, token_store=store, mask=None) is logits
 
 
+def test_only_rows_of_the_mask_are_masked():
+    logits = torch.zeros(4, VOCAB)
+    batch, store = make_batch([row()] * 4)
+    mask = packed([[1], [2]], vocab=VOCAB, rows=[3, 1])
+    found = change_logits(logits, batch, token_store=store, mask=mask)
+    assert [(values == 0).sum().item() for values in found] == [VOCAB, 1, VOCAB, 1]
+    assert found[3, 1] == found[1, 2] == 0
+
+
 def test_masks_are_applied_in_parts(monkeypatch):
     logits = torch.zeros(7, VOCAB)
     allowed = [[i, 36 - i] for i in range(7)]

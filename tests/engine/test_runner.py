@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from nanoflow_compiler.engine.sampling_columns import SamplingColumns
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.kv_cache import KVCache
 from nanoflow_compiler.models.hf import PackedDecoder
+from sampling_rows import packed as packed_mask
 from tiny_models import BUILDERS
 
 NUM_CELLS = 3
@@ -91,6 +93,10 @@ def make_batch(tokens, tables, starts, counts):
         slots=np.array(kept),
         keys=np.array(kept),
         counters=np.zeros(len(kept), dtype=np.int64),
+        prompt_rows=none,
+        prompt_targets=none,
+        prompt_keys=none,
+        prompt_counts=none,
     )
 
 
@@ -213,3 +219,46 @@ def test_even_cuts():
     assert even_cuts(7, 3) == [0, 2, 4, 7]
     assert even_cuts(2, 4) == [0, 0, 1, 1, 2]
     assert even_cuts(5, 1) == [0, 5]
+
+
+@pytest.mark.parametrize("is_threaded", [False, True])
+def test_only_sampling_waits_for_the_mask(packed, is_threaded):
+    runner = make_runner(EagerStep(packed), packed, is_threaded=is_threaded)
+    _, batch = make_batches([(0, 5), (0, 3)])
+    free = runner.submit(batch, plain_sampling(2)).result().tokens.tolist()
+    mask = Future()
+    guided = runner.submit(batch, plain_sampling(2), mask=mask)
+    assert not guided.done()
+    mask.set_result(packed_mask([[9]], vocab=128, rows=[1]))
+    assert guided.result(10).tokens.tolist() == [free[0], 9]
+    runner.close()
+
+
+@pytest.mark.parametrize("is_threaded", [False, True])
+def test_a_mask_that_never_comes_is_an_error_of_its_step(packed, is_threaded):
+    runner = make_runner(EagerStep(packed), packed, is_threaded=is_threaded)
+    _, batch = make_batches([(0, 5)])
+    mask = Future()
+    guided = runner.submit(batch, plain_sampling(1), mask=mask)
+    mask.cancel()
+    with pytest.raises(CancelledError):
+        guided.result(10)
+    runner.close()
+
+
+def test_rows_of_prompts_are_only_looked_at(packed):
+    runner = make_runner(EagerStep(packed), packed)
+    _, batch = make_batches([(0, 5)])
+    asking = replace(
+        batch,
+        prompt_rows=np.arange(4),
+        prompt_targets=batch.token_ids[1:].copy(),
+        prompt_keys=np.zeros(4, dtype=np.int64),
+        prompt_counts=np.full(4, 2),
+    )
+    sampled = runner.submit(asking, plain_sampling(1)).result()
+    rows = runner.step.logits[1:].log_softmax(-1)
+    assert sampled.tokens.tolist() == [runner.step.logits[0].argmax()]
+    expected = rows.gather(1, torch.from_numpy(asking.prompt_targets)[:, None])[:, 0]
+    torch.testing.assert_close(sampled.prompt_logprobs.logprobs[:, 0], expected)
+    assert sampled.prompt_logprobs.token_ids.shape == (4, 3)

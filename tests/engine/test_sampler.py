@@ -33,7 +33,7 @@ def test_greedy():
     logits = random_logits(4)
     greedy = logits.argmax(-1).tolist()
     assert draw_rows(logits, [row(temperature=0)] * 4) == greedy
-    all_bits = torch.full((4, 2), -1, dtype=torch.int32)
+    all_bits = packed([range(VOCAB)] * 4, vocab=VOCAB)
     assert draw_rows(logits, [row(temperature=0)] * 4, mask=all_bits) == greedy
     biased = row(temperature=0, logit_bias={3: 100})
     assert draw_rows(logits, [*[row(temperature=0)] * 3, biased]) == [*greedy[:3], 3]
@@ -254,10 +254,10 @@ def test_on_a_device_without_waiting_for_it():
     mask = packed([range(i % 7, 1200) for i in range(len(rows))], vocab=1200)
     batch, store = make_batch(rows, eos=[5])
     expected = sample(logits, batch, token_store=store, mask=mask)
-    there = logits.cuda(), store.cuda(), mask.cuda()
+    there = logits.cuda(), store.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = sample(there[0], batch, token_store=there[1], mask=there[2])
+        found = sample(there[0], batch, token_store=there[1], mask=mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.tokens.tolist() == expected.tokens.tolist()
