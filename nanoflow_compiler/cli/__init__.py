@@ -3,6 +3,7 @@
 import typer
 
 from nanoflow_compiler.cli import check, generate, serve
+from nanoflow_compiler.cli.vllm_flags import ServeCommand
 
 # torch, transformers and the engine are imported by the commands that use them: --help stays fast.
 
@@ -16,7 +17,7 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.command()(check.check)
-app.command()(serve.serve)
+app.command(cls=ServeCommand)(serve.serve)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """How many requests may be open, and whether new ones are let in."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
@@ -15,10 +15,13 @@ RETRY_AFTER = {"retry-after": "1"}
 class Admission:
     """The bounded queue: everything that is open counts, running in the engine or waiting."""
 
-    def __init__(self, *, max_open: int) -> None:
-        self.max_open = max_open
+    def __init__(self, *, max_reqs: int, max_tokens: int | None = None) -> None:
+        self.max_reqs = max_reqs
+        self.max_tokens = max_tokens
         self.is_draining = False
         self.num_open = 0
+        self.num_tokens = 0
+        """Of prompts without a first token."""
         self.num_rejected = 0
         self._ids: set[str] = set()
         self._suffixes = count(1)
@@ -30,18 +33,42 @@ class Admission:
         return frozenset(self._ids)
 
     @contextmanager
-    def open(self, wanted: Sequence[str], *, num_each: int = 1) -> Iterator[list[str]]:
-        """Lets requests in, and gives each an id that no other open one has; 503 if full."""
-        num = len(wanted) * num_each
-        self.check_room(num)
-        ids = [self._take(name) for name in wanted]
+    def reserve(self, num: int) -> Iterator[None]:
+        """Room for so many; 503 if there is none.
+
+        Held while prompts are tokenized, so that a crowd is refused before that work, not after it.
+        """
+        self._check_room(num)
         self.num_open += num
         try:
-            yield ids
+            yield
         finally:
             self.num_open -= num
-            self._ids.difference_update(ids)
             self._changed.set()
+
+    @contextmanager
+    def open(self, wanted: Sequence[str], *, num_each: int = 1) -> Iterator[list[str]]:
+        """Lets requests in, and gives each an id that no other open one has; 503 if full."""
+        with self.reserve(len(wanted) * num_each):
+            ids = [self._take(name) for name in wanted]
+            try:
+                yield ids
+            finally:
+                self._ids.difference_update(ids)
+
+    @contextmanager
+    def queued_tokens(self, sizes: Sequence[int]) -> Iterator[Callable[[int], None]]:
+        """Counts prompts by their index, each until the function is told that it has a first token."""
+        waiting = dict(enumerate(sizes))
+        self.num_tokens += sum(sizes)
+
+        def begin(index: int) -> None:
+            self.num_tokens -= waiting.pop(index, 0)
+
+        try:
+            yield begin
+        finally:
+            self.num_tokens -= sum(waiting.values())
 
     async def empty(self) -> None:
         """Returns when nothing is open."""
@@ -49,17 +76,19 @@ class Admission:
             self._changed.clear()
             await self._changed.wait()
 
-    def check_room(self, num: int) -> None:
-        """503 if there is none now; before the work of tokenization, nothing is held yet."""
+    def _check_room(self, num: int) -> None:
         if self.is_draining:
             raise self._rejected("this server is shutting down; ask another one", "shutting_down")
-        if num > self.max_open:
+        if num > self.max_reqs:
             raise ApiError(
-                f"{num} completions in one request are more than the {self.max_open} that this "
+                f"{num} completions in one request are more than the {self.max_reqs} that this "
                 "server holds: send fewer prompts at a time"
             )
-        if self.num_open + num > self.max_open:
-            message = f"the queue is full ({self.num_open} of {self.max_open} are open); try later"
+        if self.num_open + num > self.max_reqs:
+            message = f"the queue is full ({self.num_open} of {self.max_reqs} are open); try later"
+            raise self._rejected(message, "queue_full")
+        if self.max_tokens is not None and self.num_tokens >= self.max_tokens:
+            message = f"the queue is full (prompts of {self.num_tokens} tokens wait); try later"
             raise self._rejected(message, "queue_full")
 
     def _rejected(self, message: str, code: str) -> ApiError:

@@ -63,11 +63,12 @@ class EventStream(Response):
         self._events = events
         self._timeout_s = timeout_s
 
-    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope.get("state", {}).get("request_id", "")
         with suppress(ClientDisconnect):
-            await _while_connected(receive, self._send_all(send))
+            await _while_connected(receive, self._send_all(send, request_id=request_id))
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, *, request_id: str) -> None:
         has_started = False
         try:
             async with asyncio.timeout(self._timeout_s), aclosing(self._events) as events:
@@ -80,7 +81,7 @@ class EventStream(Response):
             if not has_started:
                 raise
             answer = as_api_error(error)
-            _LOG.warning("a stream ended early: %s", answer.detail)
+            _LOG.warning("%s: the stream ended early: %s", request_id, answer.detail)
             await self._send_end(send, sse(error_body(answer)))
         else:
             await self._send_end(send, b"")

@@ -1,5 +1,6 @@
 """The ASGI application, for uvicorn or any other server."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -7,6 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import nanoflow_compiler
+from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.server import chat, completions, service
 from nanoflow_compiler.server.admission import Admission
 from nanoflow_compiler.server.context import ServerContext
@@ -19,6 +21,7 @@ from nanoflow_compiler.server.middleware import (
     SizeLimitMiddleware,
 )
 from nanoflow_compiler.server.settings import ServerSettings
+from nanoflow_compiler.server.stats_log import StatsLog
 from nanoflow_compiler.server.text import TextCodec
 from nanoflow_compiler.server.tool_calls import ToolParser, make_parser
 
@@ -31,7 +34,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
     app = FastAPI(
         title="nanoflow",
         version=nanoflow_compiler.__version__,
-        openapi_url=None if settings.disable_docs else "/openapi.json",
+        openapi_url=None if settings.disable_fastapi_docs else "/openapi.json",
         lifespan=_lifespan(context),
     )
     app.state.context = context
@@ -48,20 +51,36 @@ def _context(engine: EngineClient, settings: ServerSettings) -> ServerContext:
         engine=engine,
         settings=settings,
         codec=TextCodec(engine.tokenizer, max_model_len=engine.max_model_len),
-        admission=Admission(max_open=settings.max_open_requests),
+        admission=Admission(
+            max_reqs=settings.max_num_queued_reqs, max_tokens=settings.max_num_queued_tokens
+        ),
         metrics=Metrics(
             model_name=names[0],
             max_model_len=engine.max_model_len,
             prefix=settings.metrics_prefix,
         ),
         tool_parser=_tool_parser(engine, settings),
+        chat_template=settings.read_chat_template(),
     )
 
 
 def _tool_parser(engine: EngineClient, settings: ServerSettings) -> ToolParser | None:
-    template = settings.chat_template or getattr(engine.tokenizer, "chat_template", None)
+    if settings.enable_auto_tool_choice is False:
+        return None
+    template = settings.read_chat_template() or getattr(engine.tokenizer, "chat_template", None)
     # Some models have several templates, by name.
-    return make_parser(settings.tool_call_parser, template=str(template or ""))
+    parser = make_parser(settings.tool_call_parser, template=str(template or ""))
+    if parser is None and settings.enable_auto_tool_choice:
+        raise ConfigError(
+            "enable_auto_tool_choice needs to know how the model writes tool calls, and its chat "
+            "template does not say so: give tool_call_parser hermes or llama3_json"
+        )
+    return parser
+
+
+async def _log_stats(context: ServerContext) -> None:
+    if not context.settings.disable_log_stats:
+        await StatsLog(context.engine, context.metrics).run()
 
 
 def _lifespan(
@@ -69,7 +88,9 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        stats_log = asyncio.create_task(_log_stats(context))
         yield
+        stats_log.cancel()
         context.codec.close()
 
     return lifespan
@@ -84,8 +105,9 @@ def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
             expose_headers=["x-request-id"],
         )
     app.add_middleware(RequestIdMiddleware)

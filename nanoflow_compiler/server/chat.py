@@ -31,7 +31,7 @@ router = APIRouter(route_class=JsonRoute)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     context = context_of(request)
     call = await prepare(context, body, make_id("chatcmpl", request, body.request_id))
-    timeout_s = context.settings.request_timeout_s
+    timeout_s = context.settings.request_timeout
     if body.stream:
         return EventStream(_events(call), timeout_s=timeout_s)
     return JsonAnswer(_whole(call), timeout_s=timeout_s)

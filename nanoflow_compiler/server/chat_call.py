@@ -68,11 +68,11 @@ async def prepare(context: ServerContext, body: ChatRequest, request_id: str) ->
         prompt_logprobs=body.prompt_logprobs,
         structured=_structured(body),
     )
-    context.admission.check_room(params.n)
     tools = [] if body.tool_choice == "none" else body.tools or []
-    tokens = await chat_tokens(
-        context, _chat_prompt(body, tools), add_special_tokens=body.add_special_tokens
-    )
+    with context.admission.reserve(params.n):
+        tokens = await chat_tokens(
+            context, _chat_prompt(body, tools), add_special_tokens=body.add_special_tokens
+        )
     tokens = truncated(tokens, body, max_tokens=limit, most=context.engine.max_model_len)
     return ChatCall(
         context=context,

@@ -39,7 +39,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     context = context_of(request)
     _check(body)
     call = await _prepare(context, body, make_id("cmpl", request, body.request_id))
-    timeout_s = context.settings.request_timeout_s
+    timeout_s = context.settings.request_timeout
     if body.stream:
         return EventStream(_events(call), timeout_s=timeout_s)
     return JsonAnswer(_whole(call), timeout_s=timeout_s)
@@ -92,8 +92,8 @@ async def _prepare(context: ServerContext, body: CompletionRequest, request_id: 
         prompt_logprobs=echoed if body.prompt_logprobs is None else body.prompt_logprobs,
     )
     listed = listed_prompts(body)
-    context.admission.check_room(len(listed) * params.n)
-    prompts = [await tokenize_prompt(context, body, prompt) for prompt in listed]
+    with context.admission.reserve(len(listed) * params.n):
+        prompts = [await tokenize_prompt(context, body, prompt) for prompt in listed]
     return _Call(
         context,
         body,

@@ -1,5 +1,6 @@
 """What every endpoint works with."""
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -53,6 +54,8 @@ class ServerContext:
     admission: Admission
     metrics: Metrics
     tool_parser: ToolParser | None
+    chat_template: str | None
+    """In place of the tokenizer's."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -79,6 +82,7 @@ class ServerContext:
         names = [f"{job.request_id}-{i}" for i in range(len(job.prompts))]
         with (
             self.admission.open(names, num_each=job.params.n) as ids,
+            self.admission.queued_tokens([len(prompt) for prompt in job.prompts]) as begin,
             self._watching(job, ids) as watches,
         ):
             streams = [
@@ -89,6 +93,7 @@ class ServerContext:
             ]
             async with aclosing(merge(streams)) as merged:
                 async for index, output in merged:
+                    begin(index)
                     watches[index].see(output)
                     _check_ends(output)
                     yield index, output
@@ -103,7 +108,14 @@ class ServerContext:
     def _watching(self, job: Job, ids: Sequence[str]) -> Iterator[list[RequestWatch]]:
         """One watch for each prompt; what did not end by itself ends with the job."""
         watches = [
-            RequestWatch(self.metrics, name, arrival=job.arrival, prompt=prompt, params=job.params)
+            RequestWatch(
+                self.metrics,
+                name,
+                arrival=job.arrival,
+                num_prompt_tokens=len(prompt),
+                params=job.params,
+                log_level=logging.INFO if self.settings.enable_log_requests else logging.DEBUG,
+            )
             for name, prompt in zip(ids, job.prompts, strict=True)
         ]
         reason = "abort"

@@ -114,7 +114,10 @@ def add_handlers(app: FastAPI) -> None:
 async def _handle(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status_code >= 500 and not isinstance(error, asyncio.CancelledError):
-        _LOG.warning("%s: %d %s", request.url.path, answer.status_code, answer.detail)
+        request_id = request.scope.get("state", {}).get("request_id", "")
+        _LOG.warning(
+            "%s: %s %d %s", request_id, request.url.path, answer.status_code, answer.detail
+        )
     return Response(
         msgspec.json.encode(error_body(answer)),
         status_code=answer.status_code,

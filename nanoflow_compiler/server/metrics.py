@@ -58,6 +58,11 @@ class Metrics:
             )
             gauge.labels(self._model_name).set(time.time() - began)
 
+    def total(self, name: str) -> float:
+        """Of a counter, so far."""
+        labels = {"model_name": self._model_name}
+        return self._registry.get_sample_value(f"{self._prefix}:{name}_total", labels) or 0.0
+
     def exposition(self, stats: EngineStats | None, *, num_rejected: int) -> bytes:
         """The text that Prometheus reads; without stats, only what the server itself counts."""
         self._engine.stats, self._engine.num_rejected = stats, num_rejected

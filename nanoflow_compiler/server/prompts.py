@@ -24,7 +24,7 @@ async def chat_tokens(
     context: ServerContext, prompt: ChatPrompt, *, add_special_tokens: bool
 ) -> list[int]:
     """The template writes special tokens itself, so none are added unless asked for."""
-    codec, template = context.codec, context.settings.chat_template
+    codec, template = context.codec, context.chat_template
     text = await codec.run(
         lambda: render(prompt, codec.tokenizer, template=template), size=prompt.size
     )

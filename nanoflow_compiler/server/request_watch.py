@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -34,18 +33,20 @@ class RequestWatch:
         request_id: str,
         *,
         arrival: float,
-        prompt: Sequence[int],
+        num_prompt_tokens: int,
         params: SamplingParams,
+        log_level: int = logging.INFO,
     ) -> None:
         self._metrics = metrics
         self._request_id = request_id
         self._arrival = arrival
-        self._num_prompt_tokens = len(prompt)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._log_level = log_level
         self._max_tokens = params.max_tokens
         self._times: RequestTimes | None = None
         self._has_begun = False
         self._progress = [_Progress() for _ in range(params.n)]
-        _LOG.debug("%s: %d tokens in, %s", request_id, len(prompt), params)
+        _LOG.debug("%s: arrived with %d tokens, %s", request_id, num_prompt_tokens, params)
 
     def see(self, output: Output) -> None:
         now = time.monotonic()
@@ -70,7 +71,8 @@ class RequestWatch:
         counts = [progress.num_tokens for progress in self._progress]
         if self._has_begun:
             self._metrics.histograms["request_max_num_generation_tokens"].observe(max(counts))
-        _LOG.info(
+        _LOG.log(
+            self._log_level,
             "%s: %d tokens in, %d out, %s, %.2f s",
             self._request_id,
             self._num_prompt_tokens,

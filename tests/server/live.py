@@ -43,7 +43,7 @@ class Live:
 @contextmanager
 def serving(engine, **settings):
     """The server must be idle, and end by itself, when the test is over."""
-    live = Live(engine, ServerSettings(port=0, **{"shutdown_timeout_s": 5.0} | settings))
+    live = Live(engine, ServerSettings(port=0, **{"shutdown_timeout": 5.0} | settings))
     try:
         yield live
         wait_until(live.is_idle)
@@ -51,6 +51,14 @@ def serving(engine, **settings):
         live.signal()
         live.thread.join(10)
         assert not live.thread.is_alive()
+
+
+async def until(condition, *, seconds=10):
+    async with asyncio.timeout(seconds):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.001)
 
 
 def wait_until(condition, *, seconds=10):

@@ -209,7 +209,7 @@ async def test_a_prompt_that_the_cache_can_never_hold(api):
 
 
 async def test_a_request_has_only_so_much_time(make_api):
-    api = make_api(FakeEngine(delay_s=0.01), request_timeout_s=0.05)
+    api = make_api(FakeEngine(delay_s=0.01), request_timeout=0.05)
     error = error_of(await api.complete(max_tokens=1000, status=504))
     assert error["type"] == "timeout_error"
     body = {"prompt": "x", "max_tokens": 1000}
@@ -219,7 +219,7 @@ async def test_a_request_has_only_so_much_time(make_api):
 
 
 async def test_a_full_queue_says_when_to_come_back(make_api):
-    api = make_api(max_open_requests=4)
+    api = make_api(max_num_queued_reqs=4)
     with api.context.admission.open(["a", "b"]):
         answer = await api.http.post("/v1/completions", json={"prompt": ["x"] * 3})
         assert answer.status_code == 503

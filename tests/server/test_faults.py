@@ -23,14 +23,14 @@ def fake_server(*, engine=None, **settings):
 
 @pytest.fixture(scope="module")
 def url():
-    with fake_server(max_open_requests=600) as server:
+    with fake_server(max_num_queued_reqs=600) as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
 def narrow():
     """Holds five, for a while each."""
-    with fake_server(engine={"delay_s": 0.02}, max_open_requests=5) as server:
+    with fake_server(engine={"delay_s": 0.02}, max_num_queued_reqs=5) as server:
         yield server.url
 
 
@@ -73,7 +73,7 @@ def open_streams(stack, url, *, num, num_tokens):
 
 @pytest.mark.parametrize(("deadline_s", "reason"), [(30, "length"), (0.2, "abort"), (0, "abort")])
 def test_sigterm_lets_streams_end_until_the_deadline(deadline_s, reason):
-    settings = {"shutdown_timeout_s": deadline_s}
+    settings = {"shutdown_timeout": deadline_s}
     with fake_server(engine={"delay_s": 0.02}, **settings) as server, ExitStack() as stack:
         num_tokens = 100 if reason == "length" else 5000
         streams = open_streams(stack, server.url, num=3, num_tokens=num_tokens)
