@@ -18,7 +18,7 @@ from nanoflow_compiler.models.published import CATALOG, catalog_config, catalog_
 from nanoflow_compiler.models.quiet import quiet_transformers
 from nanoflow_compiler.models.weights import check_finite, random_weights, read_weights
 
-__all__ = ["LoadFormat", "load_decoder"]
+__all__ = ["LoadFormat", "load_decoder", "load_tokenizer"]
 
 LoadFormat = Literal["auto", "dummy"]
 DTYPES = {
@@ -59,6 +59,15 @@ def load_decoder(
     folder = path if path.is_dir() else path.parent
     torch.nn.Module.to(model, place)  # in place; the wrapper of transformers hides the signature
     return _decoder(model, tokenizer, path=folder, name=str(name_or_path))
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone: of a directory, an alias or a hub id, whose weights stay on the hub."""
+    path = resolve_model(name_or_path, weights=False)
+    tokenizer = _load_tokenizer(path) if path.is_dir() else None
+    if tokenizer is None:
+        raise ModelLoadError(f"{path} holds no tokenizer files; pass the directory of a tokenizer")
+    return tokenizer
 
 
 def _load(

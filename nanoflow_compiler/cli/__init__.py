@@ -2,7 +2,7 @@
 
 import typer
 
-from nanoflow_compiler.cli import check, generate, serve
+from nanoflow_compiler.cli import bench, chat, check, generate, serve
 from nanoflow_compiler.cli.vllm_flags import ServeCommand
 
 # torch, transformers and the engine are imported by the commands that use them: --help stays fast.
@@ -18,6 +18,8 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(check.check)
 app.command(cls=ServeCommand)(serve.serve)
+app.command()(chat.chat)
+app.add_typer(bench.bench, name="bench")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["CompileFlags", "Dtype", "EngineFlags", "Model", "SamplingFlags", "given"]
+__all__ = ["CompileFlags", "Dtype", "EngineFlags", "Model", "SamplingFlags", "StepFlags", "given"]
 
 Model = Annotated[
     str, typer.Argument(help="Directory, .gguf file, hub id, or an alias such as smollm2-135m.")
@@ -40,6 +40,9 @@ class EngineFlags:
     ] = None
     num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 64 tokens.")] = None
     kv_cache_memory_bytes: Annotated[int | None, typer.Option(help="Bytes of KV cache.")] = None
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Fraction of the GPU's memory to use.")
+    ] = None
     enable_prefix_caching: Annotated[
         bool | None, typer.Option(help="Keep blocks for prompts that begin alike.")
     ] = None
@@ -52,21 +55,31 @@ class EngineFlags:
             max_num_batched_tokens=self.max_num_batched_tokens,
             num_kv_blocks=self.num_kv_blocks,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompileFlags:
-    """How the model is compiled, or that it is not."""
+class StepFlags:
+    """How a step of the model is made, or that it is not compiled."""
 
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Do not compile; for comparison.")
     ] = False
     parts: Annotated[str, typer.Option(help="Nano-batches of each operation, or auto.")] = "auto"
+
+    def options(self) -> dict[str, Any]:
+        """Fields of ``CompileConfig``; those that were not given are left out."""
+        return {"parts": int(self.parts) if self.parts.isdecimal() else self.parts}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileFlags(StepFlags):
+    """The same, and what runs the program."""
+
     backend: Annotated[str | None, typer.Option(help="codegen or reference.")] = None
 
     def options(self) -> dict[str, Any]:
         """Fields of ``CompileConfig``; those that were not given are left out."""
-        parts = int(self.parts) if self.parts.isdecimal() else self.parts
-        return given(parts=parts, backend=self.backend)
+        return StepFlags.options(self) | given(backend=self.backend)

@@ -1,0 +1,1 @@
+"""``nanoflow bench``: what is measured, and how it is told."""

@@ -1,0 +1,184 @@
+"""``nanoflow bench host``: what the engine does on the host for a step, on a device that only sleeps.
+
+Everything but the model is real: table, batcher, blocks, prefix cache, sampling settings, the inputs
+of a step and the sampler. The vocabulary is small, because on a GPU sampling is not the host's work.
+"""
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanoflow_compiler.bench.host_device import MeasuredRunner, SleepStep
+from nanoflow_compiler.bench.host_settings import HostSettings
+from nanoflow_compiler.bench.progress import progress
+from nanoflow_compiler.bench.report import percentiles
+from nanoflow_compiler.engine.batcher import Batcher
+from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.grammars import Grammars
+from nanoflow_compiler.engine.limits import RequestLimits
+from nanoflow_compiler.engine.messages import EngineRequest
+from nanoflow_compiler.engine.sampling_params import SamplingParams
+from nanoflow_compiler.engine.table import RequestTable
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
+
+__all__ = ["measure_host"]
+
+VOCAB_SIZE = 64
+WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    host_ms: float
+    num_running: int
+    num_tokens: int
+    num_joined: int
+
+
+def measure_host(settings: HostSettings, sampling: dict[str, Any]) -> dict[str, Any]:
+    """``max_num_seqs`` requests run all the time: for each that ends, a new one comes.
+
+    ``sampling`` are fields of :class:`SamplingParams`.
+    """
+    with _one_core():
+        load = _Load(settings, sampling)
+        try:
+            load.warm_up()
+            return load.measure()
+        finally:
+            load.core.close()
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """This thread, those that it starts, and torch: all on the same core."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        os.sched_setaffinity(0, cores)
+
+
+class _Load:
+    """As many requests as may run, in a state that does not change any more."""
+
+    def __init__(self, settings: HostSettings, sampling: dict[str, Any]) -> None:
+        self.settings = settings
+        self.sampling = sampling
+        self.device = SleepStep(
+            num_rows=settings.max_num_seqs, vocab_size=VOCAB_SIZE, parts=settings.parts
+        )
+        self.core, self.runner = _make_core(settings, self.device)
+        self._keys = itertools.count(1)
+        self._random = random.Random(settings.seed)
+
+    def warm_up(self) -> None:
+        """All prompts in one large step; these requests end after any number of tokens.
+
+        So about as many end in each later step, as if requests had come and gone for long.
+        """
+        settings, batcher = self.settings, self.core.batcher
+        for _ in range(settings.max_num_seqs):
+            self._add(self._random.randint(1, settings.output_len))
+        batcher.max_num_batched_tokens = settings.max_num_seqs * settings.input_len
+        self._step()
+        batcher.max_num_batched_tokens = settings.budget
+        for _ in range(WARMUP_STEPS):
+            self._step()
+
+    def measure(self) -> dict[str, Any]:
+        """The results as JSON has them."""
+        self.device.seconds = self.settings.step_time_ms / 1000
+        self._step()  # the device still had steps that took no time
+        self.runner.num_idle, start = 0, time.perf_counter()
+        with progress("steps", total=self.settings.num_steps) as advance:
+            steps = []
+            for _ in range(self.settings.num_steps):
+                steps.append(self._step())
+                advance(1)
+        duration = time.perf_counter() - start
+        host_ms = [step.host_ms for step in steps]
+        return {
+            "num_steps": len(steps),
+            "num_steps_waiting_for_host": self.runner.num_idle,
+            "ms_per_step": duration / len(steps) * 1000,
+            "mean_host_ms": float(np.mean(host_ms)),
+            "median_host_ms": float(np.median(host_ms)),
+            "p99_host_ms": float(np.percentile(host_ms, 99)),
+            "max_host_ms": max(host_ms),
+            "host_ms_percentiles": percentiles(host_ms),
+            "mean_running": float(np.mean([step.num_running for step in steps])),
+            "mean_tokens": float(np.mean([step.num_tokens for step in steps])),
+            "mean_joined": float(np.mean([step.num_joined for step in steps])),
+        }
+
+    def _step(self) -> _Step:
+        """One turn of the engine's loop, and a new request for each that ended in it."""
+        core, runner = self.core, self.runner
+        before, blocked_s = core.stats(), runner.blocked_s
+        start = time.perf_counter()
+        output = core.step()
+        seconds = time.perf_counter() - start - (runner.blocked_s - blocked_s)
+        num_ended = len(output.finish_reasons) if output else 0
+        for _ in range(num_ended):
+            seconds += self._add(self.settings.output_len)
+        after = core.stats()
+        num_tokens = after.num_batched_tokens - before.num_batched_tokens
+        return _Step(seconds * 1000, after.num_running, num_tokens, num_ended)
+
+    def _add(self, output_len: int) -> float:
+        """The seconds that the engine takes to queue one more request."""
+        key = next(self._keys)
+        request = EngineRequest(
+            key=key,
+            request_id=str(key),
+            prompt_token_ids=self._random.choices(range(VOCAB_SIZE), k=self.settings.input_len),
+            params=SamplingParams(max_tokens=output_len, ignore_eos=True, **self.sampling),
+            group=key,
+        )
+        start = time.perf_counter()
+        self.core.add(request)
+        return time.perf_counter() - start
+
+
+def _make_core(settings: HostSettings, device: SleepStep) -> tuple[EngineCore, MeasuredRunner]:
+    """An engine of blocks that hold one number for each token."""
+    max_model_len = settings.input_len + settings.output_len
+    num_blocks = settings.max_num_seqs * -(-max_model_len // BLOCK_SIZE)
+    table = RequestTable(
+        num_slots=settings.max_num_seqs, max_model_len=max_model_len, block_size=BLOCK_SIZE
+    )
+    allocator = BlockAllocator(
+        num_blocks + 1, block_size=BLOCK_SIZE, keep_unused=settings.enable_prefix_caching
+    )
+    limits = RequestLimits(
+        max_model_len=max_model_len,
+        vocab_size=VOCAB_SIZE,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+    )
+    layer = LayerShape(num_kv_heads=1, head_dim=1, v_head_dim=1, dtype=torch.float16)
+    runner = MeasuredRunner(
+        device,
+        cache=KVCache.allocate([layer], num_blocks=num_blocks + 1),
+        num_slots=settings.max_num_seqs,
+    )
+    batcher = Batcher(table, allocator, max_num_batched_tokens=settings.budget)
+    grammars = Grammars(_no_grammars, vocab_size=VOCAB_SIZE)
+    return EngineCore(runner, batcher=batcher, limits=limits, grammars=grammars), runner
+
+
+def _no_grammars() -> Any:
+    raise AssertionError("no request of this benchmark has a grammar")

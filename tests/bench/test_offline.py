@@ -1,0 +1,108 @@
+"""Throughput, latency and start-up of a tiny model, through the commands."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from nanoflow_compiler.cli import app
+
+LAST_LINE = re.compile(
+    r"Throughput: ([\d.]+) requests/s, ([\d.]+) total tokens/s, ([\d.]+) output tokens/s\n$"
+)
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):
+    """Runs a command on the tiny model; what it prints, and its JSON."""
+
+    def run(verb, flags):
+        path = tmp_path / "out.json"
+        words = ["bench", verb, "--model", str(tiny_model), *flags.split()]
+        result = CliRunner().invoke(app, [*words, "--output-json", str(path)])
+        if result.exit_code:
+            return result, None
+        return result, json.loads(path.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "backend", ["--max-num-seqs 2 --enforce-eager", "--backend hf --hf-max-batch-size 2"]
+)
+def test_throughput_counts_all_tokens(run, backend):
+    result, report = run("throughput", f"{backend} --num-prompts 5 --input-len 7 --output-len 3")
+    assert report["num_requests"] == 5
+    assert report["total_num_tokens"] == 50
+    assert report["total_output_tokens"] == 15
+    assert report["tokens_per_second"] == pytest.approx(50 / report["elapsed_time"])
+    figures = [float(text) for text in LAST_LINE.search(result.stdout).groups()]
+    keys = ("requests_per_second", "tokens_per_second", "output_tokens_per_second")
+    assert figures == pytest.approx([report[key] for key in keys], abs=0.01)
+    assert report["settings"]["input_len"] == 7
+    assert report["environment"]["versions"]["torch"]
+
+
+def test_throughput_of_a_trace(run, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nXXX,5,2\nXXX,600,9\nXXX,8,4\n")
+    _, report = run("throughput", f"--trace {trace} --num-prompts 2 --enforce-eager")
+    assert report["total_input_tokens"] == 13
+    assert report["total_output_tokens"] == 6
+
+
+def test_throughput_of_conversations(run, tmp_path):
+    path = tmp_path / "sharegpt.json"
+    turns = [{"value": "hello there"}, {"value": "good day"}]
+    path.write_text(json.dumps([{"conversations": turns}]))
+    flags = f"--dataset-name sharegpt --dataset-path {path} --num-prompts 1 --enforce-eager"
+    _, report = run("throughput", flags)
+    assert (report["total_input_tokens"], report["total_output_tokens"]) == (11, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--backend hf", "needs --hf-max-batch-size"),
+        ("--hf-max-batch-size 2", "is for --backend hf"),
+        ("--backend hf --hf-max-batch-size 2 --max-num-seqs 3", "are for --backend nanoflow"),
+        ("--dataset-name sharegpt", "needs a file"),
+        (
+            "--input-len 4000 --num-prompts 2 --enforce-eager",
+            "longer than 256 tokens were left out",
+        ),
+    ],
+)
+def test_throughput_refuses_what_it_cannot_do(run, flags, message):
+    result, _ = run("throughput", flags)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_latency_counts_rounds_after_the_warm_up(run):
+    flags = "--enforce-eager --input-len 4 --output-len 3 --batch-size 2"
+    result, report = run("latency", f"{flags} --num-iters-warmup 1 --num-iters 3")
+    assert len(report["latencies"]) == 3
+    assert report["avg_latency"] == pytest.approx(sum(report["latencies"]) / 3)
+    assert list(report["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
+    assert result.stdout.startswith(f"Avg latency: {report['avg_latency']:.4f} seconds\n")
+
+
+def test_startup_of_processes_of_their_own(run):
+    flags = "--enforce-eager --num-iters-cold 1 --num-iters-warm 1"
+    result, report = run("startup", flags)
+    assert [start["caches"] for start in report["starts"]] == ["cold", "warm"]
+    for start in report["starts"]:
+        stages = ("python", "import", "load", "compile", "first_answer")
+        assert start["total"] == pytest.approx(sum(start[stage] for stage in stages))
+        assert all(start[stage] > 0 for stage in stages)
+    assert report["avg_cold_startup_time"] == report["starts"][0]["total"]
+    assert "first_answer" in result.stdout
+    assert f"{report['avg_warm_startup_time']:.2f}" in result.stdout
+
+
+def test_startup_that_fails_says_why(run):
+    result, _ = run("startup", "--num-iters-cold 1 --num-iters-warm 0 --max-num-seqs 0")
+    assert result.exit_code == 2
+    assert "max_num_seqs must be" in result.stderr
