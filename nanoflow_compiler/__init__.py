@@ -22,16 +22,25 @@ from nanoflow_compiler.errors import (
 if TYPE_CHECKING:
     from torch import fx
 
+    from nanoflow_compiler.engine.async_engine import AsyncEngine as AsyncEngine
+    from nanoflow_compiler.engine.engine_config import EngineConfig as EngineConfig
     from nanoflow_compiler.engine.llm import LLM as LLM
     from nanoflow_compiler.engine.sampling_params import SamplingParams as SamplingParams
+    from nanoflow_compiler.engine.spec import EngineSpec as EngineSpec
+    from nanoflow_compiler.engine.structured import (
+        StructuredOutputsParams as StructuredOutputsParams,
+    )
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompileConfig",
     "ConfigError",
     "EmptyPromptError",
     "EngineClosedError",
+    "EngineConfig",
     "EngineDeadError",
+    "EngineSpec",
     "InvalidProgramError",
     "ModelLoadError",
     "NanoflowError",
@@ -39,6 +48,7 @@ __all__ = [
     "PromptTooLongError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedGraphError",
     "nanoflow",
 ]
@@ -46,8 +56,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncEngine": "nanoflow_compiler.engine.async_engine",
+    "EngineConfig": "nanoflow_compiler.engine.engine_config",
+    "EngineSpec": "nanoflow_compiler.engine.spec",
     "LLM": "nanoflow_compiler.engine.llm",
     "SamplingParams": "nanoflow_compiler.engine.sampling_params",
+    "StructuredOutputsParams": "nanoflow_compiler.engine.structured",
 }
 
 

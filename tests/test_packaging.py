@@ -14,7 +14,16 @@ import nanoflow_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("backends", "models", "passes")
-PUBLIC = {"LLM", "CompileConfig", "SamplingParams", "nanoflow"}
+PUBLIC = {
+    "LLM",
+    "AsyncEngine",
+    "CompileConfig",
+    "EngineConfig",
+    "EngineSpec",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "nanoflow",
+}
 
 
 def tracked_files():
