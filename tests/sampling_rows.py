@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanoflow_compiler.engine.sampler import sample, uniform
+from nanoflow_compiler.engine.noise import row_keys
+from nanoflow_compiler.engine.sampler import sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.sampling_columns import SamplingColumns
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -96,14 +97,30 @@ def reference_distribution(logits, params):
     return p / p.sum()
 
 
+def reference_noise(one, num_tokens):
+    """Logarithms of exponential times, by the definition."""
+    (low,), (high,) = row_keys(
+        np.array([one.seed % 2**64], dtype=np.uint64), np.array([len(one.output)], dtype=np.uint64)
+    )
+    bits = (
+        reference_hash(token, int(low) % 2**32, int(high) % 2**32) for token in range(num_tokens)
+    )
+    return np.array([math.log(-math.log1p(-(number % 2**31 + 0.5) * 2**-31)) for number in bits])
+
+
+def reference_hash(token, low, high):
+    x = token * 0x9E3779B1 % 2**32 ^ low
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = ((x ^ x >> 13) + high) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
 def reference_tokens(logits, one, *, eos=(), allowed=None):
-    """The tokens that rounding may choose: those near the point that the uniform number marks."""
+    """The tokens that rounding may choose: those that are the first, or almost."""
     p = reference_distribution(reference_logits(logits, one, eos=eos, allowed=allowed), one.params)
-    seeds = np.array([one.seed % 2**64], dtype=np.uint64)
-    point = uniform(seeds, np.array([len(one.output)], dtype=np.uint64))[0]
-    ends = np.cumsum(p)
-    near = (ends - p <= point + 1e-5) & (point - 1e-5 <= ends) & (p > 0)
-    return set(np.flatnonzero(near).tolist())
+    with np.errstate(divide="ignore"):
+        scores = np.log(p) - reference_noise(one, len(p))
+    return set(np.flatnonzero(scores > scores.max() - 1e-3).tolist())
 
 
 def packed(allowed, *, vocab, rows=None):

@@ -1,20 +1,23 @@
 """Draws tokens from logits, so that a row's token never depends on the rows beside it.
 
-Weights are integers: their sums are exact, whatever order a device adds them in. Truncation keeps
-every token at or above a limit, so the order of equal logits never matters.
+Weights that top_p adds up are integers: their sums are exact, whatever order a device adds them in.
+Truncation keeps every token at or above a limit, so the order of equal logits never matters.
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
+
+from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS
+from nanoflow_compiler.engine.noise import log_arrivals
 
 __all__ = ["Draw", "draw"]
 
 # Weights are relative to the most likely token; 2**18 tokens of this weight still add up in int64.
 ONE = 2.0**40
-NUM_CHUNK_TOKENS = 512
+_RACED_ON_CPU = 2**18
+"""Elements that are drawn together there: what is computed of them stays in the cache of a core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,9 @@ class Draw:
     limit: Tensor
     """Of tokens, from 1 to the size of the vocabulary."""
     top_p: Tensor
-    uniform: Tensor
-    """In [0, 1), float64."""
+    key_low: Tensor
+    key_high: Tensor
+    """Of the noise."""
 
 
 def draw(logits: Tensor, settings: Draw, *, num_ordered: int | None) -> Tensor:
@@ -43,7 +47,7 @@ def draw(logits: Tensor, settings: Draw, *, num_ordered: int | None) -> Tensor:
         least = _least_kept(scaled, settings, num_ordered=num_ordered)
     if num_ordered is not None:
         scaled.masked_fill_(scaled < least, -torch.inf)
-    return _invert(scaled, settings.uniform)
+    return _race(scaled, settings)
 
 
 def _least_kept(scaled: Tensor, settings: Draw, *, num_ordered: int) -> Tensor:
@@ -71,24 +75,21 @@ def _weights(scaled: Tensor) -> Tensor:
     return scaled.exp().mul_(ONE)
 
 
-def _invert(scaled: Tensor, uniform: Tensor) -> Tensor:
-    """The tokens where the running sum of weights passes the fraction ``uniform`` of the total.
+def _race(scaled: Tensor, settings: Draw) -> Tensor:
+    """The tokens that come first, when each takes an exponential time with its weight as the rate.
 
-    First the chunk of tokens where it does, then the token inside of it: one pass over the weights.
+    Each is the first with the probability of its weight (the Gumbel-max trick: Maddison et al., "A*
+    Sampling", 2014). Rounding of a logit matters only where two tokens come at almost the same time.
+    Where a sum of weights passes a random point, rounding would move the borders of all tokens.
     """
-    num_rows, num_tokens = scaled.shape
-    num_chunks = ceil(num_tokens / NUM_CHUNK_TOKENS)
-    weights = scaled.new_empty(num_rows, num_chunks * NUM_CHUNK_TOKENS, dtype=torch.int64)
-    weights[:, :num_tokens] = _weights(scaled)
-    weights[:, num_tokens:] = 0
-    chunks = weights.view(num_rows, num_chunks, NUM_CHUNK_TOKENS)
-    own = chunks.sum(-1)
-    sums = own.cumsum(-1)
-    # Below the total, however it is rounded, because the largest number below 1 is 1 - 2**-53.
-    target = (uniform * sums[:, -1:]).long()
-    # Clamped for rows without a number, which must not read outside.
-    chunk = torch.searchsorted(sums, target, right=True).clamp(max=num_chunks - 1)
-    left = target - (sums - own).gather(-1, chunk)
-    inside = chunks.gather(1, chunk[:, :, None].expand(-1, -1, NUM_CHUNK_TOKENS))[:, 0]
-    place = torch.searchsorted(inside.cumsum(-1), left, right=True)
-    return (chunk * NUM_CHUNK_TOKENS + place).clamp(max=num_tokens - 1)[:, 0]
+    size = max(
+        1, (_RACED_ON_CPU if scaled.device.type == "cpu" else MAX_ELEMENTS) // len(scaled[0])
+    )
+    parts = zip(
+        *(x.split(size) for x in (scaled, settings.key_low, settings.key_high)), strict=True
+    )
+    winners = [
+        (part - log_arrivals(low, high, num_tokens=scaled.shape[-1])).argmax(-1)
+        for part, low, high in parts
+    ]
+    return torch.cat(winners)

@@ -1,7 +1,7 @@
 """Chooses the next token of every request of a step, all rows at once and on their device.
 
 A token is a function of its logits, the request's seed and the token's number in the output: the
-uniform number that picks it comes from a counter, not from a generator that other requests advance.
+noise that picks it comes from counters, not from a generator that other requests advance.
 Which rows need which work is known on the host, so nothing here waits for the device.
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from nanoflow_compiler.engine.draw import Draw, draw
 from nanoflow_compiler.engine.logit_changes import change_logits
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_logprobs
+from nanoflow_compiler.engine.noise import row_keys
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.engine.upload import upload
 
-__all__ = ["Sampled", "sample", "uniform"]
+__all__ = ["Sampled", "sample"]
 
-Unsigned = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 
 
@@ -46,19 +46,6 @@ def sample(
     changed = change_logits(logits, batch, token_store=token_store, mask=mask)
     tokens = _chosen(changed, batch)
     return Sampled(tokens, _logprobs(logits, tokens, batch=batch))
-
-
-def uniform(seeds: Unsigned, counters: Unsigned) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1), one per (seed, counter): two rounds of splitmix64."""
-    mixed = _splitmix(_splitmix(seeds) ^ counters)
-    return np.ldexp((mixed >> np.uint64(11)).astype(np.float64), -53)
-
-
-def _splitmix(x: Unsigned) -> Unsigned:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _chosen(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -113,7 +100,7 @@ def _draw_columns(
         least,
         np.where(top_k > 0, np.minimum(top_k, num_tokens), num_tokens),
         batch.top_p[rows].astype(np.float64),
-        uniform(batch.seeds[rows], batch.counters[rows]),
+        *row_keys(batch.seeds[rows], batch.counters[rows]),
     )
 
 
