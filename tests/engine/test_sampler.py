@@ -249,6 +249,7 @@ def test_seeds_of_any_size():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_device_without_waiting_for_it():
     rows = [row(seed=i, output=[3, 3, i], logprobs=i % 3, **one) for i, one in enumerate(MIXED)]
     logits = random_logits(len(rows), vocab=1200)
