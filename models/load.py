@@ -63,7 +63,9 @@ def load_decoder(
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer alone: of a directory, an alias or a hub id, whose weights stay on the hub."""
-    path = resolve_model(name_or_path, weights=False)
+    path = Path(name_or_path)
+    if not path.is_dir():  # of a model it may be, which a directory of a tokenizer is not
+        path = resolve_model(name_or_path, weights=False)
     tokenizer = _load_tokenizer(path) if path.is_dir() else None
     if tokenizer is None:
         raise ModelLoadError(f"{path} holds no tokenizer files; pass the directory of a tokenizer")

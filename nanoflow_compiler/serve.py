@@ -44,6 +44,7 @@ async def _serve(link: ProcessLink, config: ServeConfig, bound: socket.socket) -
         link,
         model_name=config.engine.model,
         tokenizer=link.ready.tokenizer,
+        sampling_defaults=link.ready.sampling_defaults,
         max_restarts=config.max_engine_restarts,
     )
     async with engine:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,7 +19,11 @@ def serve(
     model: Model,
     *,
     server: ServerFlags,
+    tokenizer: Annotated[str | None, typer.Option(help="Of another model.")] = None,
     dtype: Dtype = "auto",
+    load_format: Annotated[
+        Literal["auto", "dummy"], typer.Option(help="auto, or dummy: random weights.")
+    ] = "auto",
     engine: EngineFlags,
     seed: Annotated[int, typer.Option(help="For requests without one.")] = 0,
     compiler: CompileFlags,
@@ -42,7 +46,9 @@ def serve(
         ServeConfig(
             engine=EngineSpec(
                 model=model,
+                tokenizer=tokenizer,
                 dtype=dtype,
+                load_format=load_format,
                 config=EngineConfig(**engine.settings(), seed=seed),
                 enforce_eager=compiler.enforce_eager,
                 options=compiler.options(),

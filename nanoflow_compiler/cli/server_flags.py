@@ -64,6 +64,9 @@ class ServerFlags:
     enable_auto_tool_choice: Annotated[
         bool | None, typer.Option(help="The model may decide to call tools; default: if it can.")
     ] = None
+    generation_config: Annotated[
+        str, typer.Option(help="auto: defaults of requests are the model's; vllm: they are not.")
+    ] = DEFAULT.generation_config
     max_request_bytes: Annotated[int, typer.Option(help="Larger bodies get a 413.")] = (
         DEFAULT.max_request_bytes
     )

@@ -38,11 +38,11 @@ UNSUPPORTED = """
     enable-lora enable-mm-embeds enable-offline-docs enable-per-request-metrics
     enable-prompt-embeds enable-return-routed-experts enable-sleep-mode enable-ssl-refresh
     enable-tokenizer-info-endpoint exclude-tools-when-tool-choice-none fingerprint-mode
-    fully-sharded-loras generation-config guided-decoding-backend h11-max-header-count
+    fully-sharded-loras guided-decoding-backend h11-max-header-count
     h11-max-incomplete-event-size headless hf-config-path hf-overrides hf-token
     ignore-patterns io-processor-plugin kv-cache-memory kv-cache-metrics kv-events-config
     kv-offloading-backend kv-offloading-size kv-sharing-fast-prefill kv-transfer-config language-model-only
-    limit-mm-per-prompt load-format log-config-file log-error-stack logits-processors
+    limit-mm-per-prompt log-config-file log-error-stack logits-processors
     logprobs-mode long-prefill-token-threshold lora-dtype lora-modules mamba-block-size
     mamba-cache-dtype mamba-ssm-cache-dtype master-addr master-port max-cpu-loras max-log-len
     max-logprobs max-long-partial-prefills max-lora-rank max-loras max-num-partial-prefills
@@ -56,7 +56,7 @@ UNSUPPORTED = """
     revision runner safetensors-load-strategy scheduler-cls scheduler-delay-factor
     scheduler-reserve-full-isl scheduling-policy show-hidden-metrics-for-version skip-mm-profiling
     skip-tokenizer-init speculative-config ssl-ciphers structured-outputs-config swap-space task
-    tokenizer tokenizer-mode tokenizer-revision tokens-only tool-parser-plugin tool-server
+    tokenizer-mode tokenizer-revision tokens-only tool-parser-plugin tool-server
     trust-remote-code trust-request-chat-template ubatch-size uds use-tqdm-on-load video-pruning-rate
     weight-transfer-config worker-cls worker-extension-cls
 """

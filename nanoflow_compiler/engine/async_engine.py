@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -52,12 +52,15 @@ class AsyncEngine:
         *,
         model_name: str,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        sampling_defaults: Mapping[str, float] | None = None,
         max_restarts: int = 0,
     ) -> None:
         """``max_restarts``: how often an engine that died is started again, with none of its requests."""
         self.link = link
         self.model_name = model_name
         self.tokenizer = tokenizer
+        self.sampling_defaults: Mapping[str, float] = sampling_defaults or {}
+        """What the model recommends; whoever makes SamplingParams decides."""
         self._restarts_left = max_restarts
         self._processor = OutputProcessor(tokenizer)
         self._streams: dict[str, _Stream] = {}
@@ -84,12 +87,17 @@ class AsyncEngine:
             link,
             model_name=spec.model,
             tokenizer=link.ready.tokenizer,
+            sampling_defaults=link.ready.sampling_defaults,
             max_restarts=max_restarts,
         )
 
     @property
     def max_model_len(self) -> int:
         return self.link.limits.max_model_len
+
+    @property
+    def block_size(self) -> int:
+        return self.link.limits.block_size
 
     async def __aenter__(self) -> Self:
         await self.link.open(self._on_event)

@@ -56,6 +56,7 @@ class Ready:
 
     limits: RequestLimits
     tokenizer: "PreTrainedTokenizerBase | None"
+    sampling_defaults: Mapping[str, float]
     facts: Mapping[str, Any]
     seconds: Mapping[str, float]
 

@@ -78,6 +78,7 @@ def _build(launch: Launch, lifeline: Lifeline) -> BuiltEngine:
         Ready(
             limits=built.core.limits,
             tokenizer=built.served.tokenizer,
+            sampling_defaults=built.sampling_defaults,
             facts=built.facts,
             seconds=built.seconds,
         )

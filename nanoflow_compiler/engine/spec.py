@@ -10,8 +10,11 @@ from nanoflow_compiler.engine.assemble import make_core
 from nanoflow_compiler.engine.core import EngineCore
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.served import Served
+from nanoflow_compiler.models.load import load_tokenizer
 
 __all__ = ["BuiltEngine", "EngineSpec"]
+
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,8 @@ class EngineSpec:
     model: str
     dtype: str = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
+    tokenizer: str | None = None
+    """Of another model; ``None`` is the model's own."""
     config: EngineConfig = field(default_factory=EngineConfig)
     enforce_eager: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
@@ -35,7 +40,10 @@ class EngineSpec:
         compile_config = CompileConfig.from_options(self.options)
         start = time.perf_counter()
         served = Served.find(
-            self.model, tokenizer=None, dtype=self.dtype, load_format=self.load_format
+            self.model,
+            tokenizer=None if self.tokenizer is None else load_tokenizer(self.tokenizer),
+            dtype=self.dtype,
+            load_format=self.load_format,
         )
         loaded = time.perf_counter()
         core = make_core(
@@ -53,6 +61,13 @@ class BuiltEngine:
     served: Served
     seconds: Mapping[str, float]
     """By stage."""
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the authors of the model recommend to requests that do not say otherwise."""
+        config = self.served.model.generation_config
+        found = {name: getattr(config, name, None) for name in _RECOMMENDED}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class StructuredOutputsParams:
     """EBNF as llama.cpp writes it (GBNF), with a rule called ``root``."""
     json_object: bool = False
     """Any JSON object."""
+    disable_any_whitespace: bool = False
+    """JSON on one line: a small model may write line breaks until it has no tokens left."""
 
     def __post_init__(self) -> None:
         """Refuse none or several kinds, and what is no JSON; store plain text and tuples."""
@@ -130,7 +132,9 @@ class GrammarCompiler:
     def _compiled(self, params: StructuredOutputsParams) -> Any:
         match params.kind:
             case "json":
-                return self._compiler.compile_json_schema(params.json)
+                return self._compiler.compile_json_schema(
+                    params.json, any_whitespace=not params.disable_any_whitespace
+                )
             case "regex":
                 return self._compiler.compile_regex(params.regex)
             case "choice":
@@ -138,7 +142,9 @@ class GrammarCompiler:
             case "grammar":
                 return self._compiler.compile_grammar(params.grammar)
             case "json_object":
-                return self._compiler.compile_json_schema(_ANY_OBJECT)
+                return self._compiler.compile_json_schema(
+                    _ANY_OBJECT, any_whitespace=not params.disable_any_whitespace
+                )
 
 
 _ANY_OBJECT = '{"type": "object", "additionalProperties": true}'

@@ -1,7 +1,8 @@
 """The ASGI application, for uvicorn or any other server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
@@ -26,6 +27,8 @@ from nanoflow_compiler.server.text import TextCodec
 from nanoflow_compiler.server.tool_calls import ToolParser, make_parser
 
 __all__ = ["create_app"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
@@ -57,11 +60,21 @@ def _context(engine: EngineClient, settings: ServerSettings) -> ServerContext:
         metrics=Metrics(
             model_name=names[0],
             max_model_len=engine.max_model_len,
+            block_size=engine.block_size,
             prefix=settings.metrics_prefix,
         ),
         tool_parser=_tool_parser(engine, settings),
         chat_template=settings.read_chat_template(),
+        sampling_defaults=_sampling_defaults(engine, settings),
     )
+
+
+def _sampling_defaults(engine: EngineClient, settings: ServerSettings) -> Mapping[str, float]:
+    if settings.generation_config == "vllm" or not engine.sampling_defaults:
+        return {}
+    listed = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
+    _LOG.info("defaults of requests are those of the model: %s", listed)
+    return engine.sampling_defaults
 
 
 def _tool_parser(engine: EngineClient, settings: ServerSettings) -> ToolParser | None:
@@ -69,11 +82,16 @@ def _tool_parser(engine: EngineClient, settings: ServerSettings) -> ToolParser |
         return None
     template = settings.read_chat_template() or getattr(engine.tokenizer, "chat_template", None)
     # Some models have several templates, by name.
-    parser = make_parser(settings.tool_call_parser, template=str(template or ""))
+    text = str(template or "")
+    parser = make_parser(settings.tool_call_parser, template=text)
     if parser is None and settings.enable_auto_tool_choice:
         raise ConfigError(
             "enable_auto_tool_choice needs to know how the model writes tool calls, and its chat "
             "template does not say so: give tool_call_parser hermes or llama3_json"
+        )
+    if parser is not None and "tools" not in text:
+        _LOG.warning(
+            "the chat template does not show tools to the model; chat_template sets another"
         )
     return parser
 

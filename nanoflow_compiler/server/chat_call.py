@@ -63,6 +63,7 @@ async def prepare(context: ServerContext, body: ChatRequest, request_id: str) ->
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = make_params(
         body,
+        defaults=context.sampling_defaults,
         max_tokens=limit,
         logprobs=body.top_logprobs if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
@@ -149,8 +150,10 @@ def _structured(body: ChatRequest) -> dict[str, Any]:
         tools = [tool for tool in tools if tool.function.name == name]
         if not tools:
             raise ApiError(f"tool_choice names {name!r}, which tools lack", param="tool_choice")
-        return {"json": _parameters(tools[0])}
-    return {"json": {"type": "array", "minItems": 1, "items": _any_call(tools)}}
+        return {"json": _parameters(tools[0]), "disable_any_whitespace": True}
+    calls = {"type": "array", "minItems": 1, "items": _any_call(tools)}
+    calls |= {} if body.parallel_tool_calls else {"maxItems": 1}
+    return {"json": calls, "disable_any_whitespace": True}
 
 
 def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ async def _prepare(context: ServerContext, body: CompletionRequest, request_id: 
     echoed = body.logprobs if body.echo else None
     params = make_params(
         body,
+        defaults=context.sampling_defaults,
         # To see a prompt's own log-probabilities, one token is generated and not shown.
         max_tokens=max(body.max_tokens, 1),
         logprobs=body.logprobs,

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -56,6 +56,8 @@ class ServerContext:
     tool_parser: ToolParser | None
     chat_template: str | None
     """In place of the tokenizer's."""
+    sampling_defaults: Mapping[str, float]
+    """Of fields that a request leaves out."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

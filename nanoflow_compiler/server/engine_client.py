@@ -1,6 +1,6 @@
 """What the server asks of an engine, so that it runs on any object of this shape."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -117,6 +117,14 @@ class EngineClient(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None": ...
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """What the model recommends for fields that a request leaves out."""
+
     @property
     def errored(self) -> bool:
         """Whether the engine is gone; asked often, so it is known without asking the engine."""

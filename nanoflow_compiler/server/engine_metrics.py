@@ -21,10 +21,11 @@ __all__ = ["EngineMetrics"]
 class EngineMetrics(Collector):
     """Shows the stats that it was given last; without any, only what the server counts."""
 
-    def __init__(self, *, model_name: str, prefix: str) -> None:
+    def __init__(self, *, model_name: str, block_size: int, prefix: str) -> None:
         self.stats: EngineStats | None = None
         self.num_rejected = 0
         self._model_name = model_name
+        self._block_size = block_size
         self._prefix = prefix
 
     def collect(self) -> Iterable[Metric]:
@@ -44,9 +45,9 @@ class EngineMetrics(Collector):
         config = GaugeMetricFamily(
             f"{self._prefix}:cache_config_info",
             "Of the KV cache, as labels.",
-            labels=["model_name", "num_gpu_blocks"],
+            labels=["model_name", "block_size", "num_gpu_blocks"],
         )
-        config.add_metric([self._model_name, str(stats.num_blocks)], 1)
+        config.add_metric([self._model_name, str(self._block_size), str(stats.num_blocks)], 1)
         yield config
 
     def _totals(self, stats: EngineStats) -> Iterable[Metric]:

@@ -23,12 +23,14 @@ END_REASONS = ("stop", "length", "abort", "error")
 class Metrics:
     """A registry of its own, so that two servers in one process do not mix."""
 
-    def __init__(self, *, model_name: str, max_model_len: int, prefix: str = "nanoflow") -> None:
+    def __init__(
+        self, *, model_name: str, max_model_len: int, block_size: int, prefix: str = "nanoflow"
+    ) -> None:
         self._registry = CollectorRegistry()
         self._prefix = prefix
         self._model_name = model_name
         self._token_buckets = up_to(max_model_len)
-        self._engine = EngineMetrics(model_name=model_name, prefix=prefix)
+        self._engine = EngineMetrics(model_name=model_name, block_size=block_size, prefix=prefix)
         self._registry.register(self._engine)
         ProcessCollector(registry=self._registry)
         self.histograms = {name: self._histogram(name, spec) for name, spec in HISTOGRAMS.items()}

@@ -66,6 +66,7 @@ class StructuredOutputs(ApiModel):
     choice: Texts | None = None
     grammar: str | None = None
     json_object: bool = False
+    disable_any_whitespace: bool = False
 
 
 class GenerationRequest(ApiModel):

@@ -42,12 +42,13 @@ GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
+CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar", "disable_any_whitespace")
 
 
 def make_params(
     request: GenerationRequest,
     *,
+    defaults: Mapping[str, float],
     max_tokens: int | None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
@@ -57,6 +58,7 @@ def make_params(
     wanted = {name: getattr(request, name) for name in PASSED}
     declared = type(request).model_fields
     given = {name: value for name, value in wanted.items() if value != declared[name].default}
+    given |= {k: v for k, v in defaults.items() if k not in request.model_fields_set}
     if request.logit_bias:
         given["logit_bias"] = _token_biases(request.logit_bias)
     if structured is None:
@@ -99,7 +101,7 @@ def _from_response_format(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _from_vllm(wanted: StructuredOutputs) -> dict[str, Any]:
-    for name in ("structural_tag", "whitespace_pattern", "disable_any_whitespace"):
+    for name in ("structural_tag", "whitespace_pattern"):
         if (wanted.model_extra or {}).get(name):
             raise refused(f"structured_outputs.{name}")
     given = wanted.model_dump(by_alias=True, exclude_defaults=True)

@@ -20,7 +20,12 @@ AT_LEAST_ONE = (
     "max_num_queued_tokens",
     "stream_interval",
 )
-CHOICES = {"tool_call_parser": ToolCallParser, "uvicorn_log_level": LogLevel}
+GenerationConfig = Literal["auto", "vllm"]
+CHOICES = {
+    "generation_config": GenerationConfig,
+    "tool_call_parser": ToolCallParser,
+    "uvicorn_log_level": LogLevel,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,8 @@ class ServerSettings:
     """How tool calls look in the output; ``auto`` asks the chat template."""
     enable_auto_tool_choice: bool | None = None
     """Whether a model may decide to call a tool. ``None``: if the format of its calls is known."""
+    generation_config: GenerationConfig = "auto"
+    """``auto``: requests without a temperature, and so on, have what the model recommends."""
     max_request_bytes: int = 8 << 20
     max_num_queued_reqs: int = 4096
     """Prompts, times ``n``, that may run and wait at the same time; more are answered with 503."""

@@ -90,18 +90,12 @@ class LlamaParser:
 
 
 class RequiredParser:
-    """A JSON list of calls, which the grammar enforced."""
+    """A JSON list of calls, which the grammar enforced; it may be cut before its end."""
 
     def parse(self, text: str, *, is_finished: bool) -> Parsed:
-        if not is_finished:
-            return Parsed("", ())
-        try:
-            listed = json.loads(text)
-        except (ValueError, RecursionError):
-            return Parsed(text, ())
-        calls = [_as_call(item) for item in (listed if isinstance(listed, list) else [listed])]
-        good = tuple(call for call in calls if call is not None)
-        return Parsed("", good) if good else Parsed(text, ())
+        found = _read_sequence(text.strip().removeprefix("["), parted_by=",", may_be_cut=True)
+        calls = tuple(found)
+        return Parsed(text if is_finished and not calls else "", calls)
 
 
 def make_parser(kind: ToolCallParser, *, template: str) -> ToolParser | None:
@@ -132,19 +126,22 @@ def _read_call(text: str) -> ParsedCall | None:
         return None
 
 
-def _read_sequence(text: str) -> Sequence[ParsedCall]:
-    """All of the text is calls, or none of it is."""
-    decoder, calls, rest = json.JSONDecoder(), [], text.strip()
+def _read_sequence(
+    text: str, *, parted_by: str = ";", may_be_cut: bool = False
+) -> Sequence[ParsedCall]:
+    """All of the text is calls, or none of it is; unless it is cut, where whole calls count."""
+    decoder, rest = json.JSONDecoder(), text.strip()
+    calls: list[ParsedCall] = []
     while rest:
         try:
             value, end = decoder.raw_decode(rest)
         except (ValueError, RecursionError):
-            return []
+            return calls if may_be_cut else []
         call = _as_call(value)
         if call is None:
-            return []
+            return calls if may_be_cut else []
         calls.append(call)
-        rest = rest[end:].strip().removeprefix(";").strip()
+        rest = rest[end:].strip().removeprefix(parted_by).strip()
     return calls
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ SHORT = SamplingParams(temperature=0, max_tokens=5, logprobs=1, prompt_logprobs=
 def spec(tmp_path_factory):
     """Of a tiny model on disk."""
     folder = tmp_path_factory.mktemp("model")
-    llama(vocab_size=300, num_hidden_layers=1).save_pretrained(folder)
+    model = llama(vocab_size=300, num_hidden_layers=1)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 7
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32)
     return EngineSpec(model=str(folder), config=config, enforce_eager=True)
@@ -87,6 +90,7 @@ def test_a_life(spec):
     async def scenario():
         async with AsyncEngine.launch(spec) as engine:
             pid = engine.link.pid
+            assert engine.sampling_defaults == {"top_k": 7}
             outputs = await asyncio.gather(
                 *(
                     last(engine, SHORT, prompt=np.array(PROMPT), request_id=str(number))
@@ -174,6 +178,13 @@ def test_what_stands_against_a_start_is_told_here(spec, changes, error, message)
     settings = {"model": spec.model, "enforce_eager": True} | changes
     with pytest.raises(error, match=message):
         AsyncEngine.launch(EngineSpec(**settings))
+
+
+def test_a_tokenizer_of_another_model(spec, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert replace(spec, tokenizer=str(tmp_path)).build().served.tokenizer.vocab_size == 259
+    with pytest.raises(ModelLoadError):
+        replace(spec, tokenizer=str(tmp_path / "none")).build()
 
 
 def test_bad_options_cost_no_process(spec):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
 from nanoflow_compiler.engine.json_schema import check_schema
 from nanoflow_compiler.engine.structured import (
@@ -226,3 +227,16 @@ def test_special_tokens_and_those_beyond_the_tokenizer_are_barred(compiler):
     assert allowed(grammar)[-1] < 259
     assert num_mask_words(32) == 1
     assert num_mask_words(33) == 2
+
+
+@pytest.mark.parametrize("kind", [{"json": PERSON}, {"json_object": True}], ids=str)
+def test_json_without_any_line_breaks(compiler, kind):
+    loose, compact = (
+        compiler.compile(StructuredOutputsParams(**kind, disable_any_whitespace=is_compact))
+        for is_compact in (False, True)
+    )
+    brace, newline = (3 + sorted(ByteLevel.alphabet()).index(one) for one in ("{", "\u010a"))
+    for grammar in (loose, compact):
+        grammar.accept(brace)
+    assert newline in allowed(loose)
+    assert newline not in allowed(compact)

@@ -73,6 +73,7 @@ def make_tokenizer():
 
 class FakeEngine:
     model_name = "tiny"
+    block_size = 64
 
     def __init__(self, *, script=None, delay_s=0.0, max_model_len=2048, tokenizer=None):
         self.tokenizer = make_tokenizer() if tokenizer is None else tokenizer
@@ -80,6 +81,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.script = script
         self.delay_s = delay_s
+        self.sampling_defaults = {}
         self.errored = False
         self.active = set()
         self.aborted = set()

@@ -1,5 +1,6 @@
 """A server in a process of its own, as users run it: real signals, its own memory."""
 
+import os
 import re
 import subprocess
 import threading
@@ -17,9 +18,14 @@ ADDRESS = re.compile(r"serving .* at (http://[\d.]+:\d+)")
 class ServerProcess:
     """A context manager; the process is gone when it ends, whatever a test left running in it."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, **environment):
         self.process = subprocess.Popen(
-            command, cwd=TESTS, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            cwd=TESTS,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | environment,
         )
         self.lines = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
@@ -35,6 +41,12 @@ class ServerProcess:
         self.process.stderr.close()
 
     @property
+    def children(self):
+        """Process ids, whichever thread started them."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
+    @property
     def log(self):
         return "".join(self.lines)
 
@@ -44,6 +56,10 @@ class ServerProcess:
         wait_until(lambda: ADDRESS.search(self.log) or self.process.poll() is not None, seconds=120)
         assert self.process.poll() is None, self.log
         return ADDRESS.search(self.log)[1]
+
+
+def is_alive(process_id):
+    return Path(f"/proc/{process_id}").exists()
 
 
 def metrics_of(url):

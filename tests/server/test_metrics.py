@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def samples(api):
-    """By name: the value, or a mapping by whatever label there is beside the model's name."""
+    """By name: the value, or a mapping by whatever labels there are beside the model's name."""
     found = {}
     for family in text_string_to_metric_families((await api.get("/metrics")).text):
         assert family.documentation
@@ -24,7 +24,7 @@ async def samples(api):
                 assert labels.pop("model_name") == "tiny"
             name = sample.name.removeprefix("nanoflow:")
             if labels:
-                (label,) = labels.values()
+                label = " ".join(value for _, value in sorted(labels.items()))
                 found.setdefault(name, {})[label] = sample.value
             else:
                 found[name] = sample.value
@@ -36,7 +36,7 @@ async def test_what_the_engine_tells(api):
     found = await samples(api)
     assert (found["num_requests_running"], found["num_requests_waiting"]) == (1, 0)
     assert found["kv_cache_usage_perc"] == 0.25
-    assert found["cache_config_info"] == {"8": 1}
+    assert found["cache_config_info"] == {"64 8": 1}
     assert found["num_preemptions_total"] == 5
     assert (found["prefix_cache_queries_total"], found["prefix_cache_hits_total"]) == (70, 30)
 

@@ -57,7 +57,7 @@ def test_settings_arrive(serve):
     )
     text += " --enable-auto-tool-choice --no-enable-log-requests --disable-log-stats"
     text += " --uvicorn-log-level error --metrics-prefix vllm --disable-fastapi-docs"
-    text += " --max-request-bytes 1000 --allowed-origins * --allowed-methods GET"
+    text += " --generation-config vllm --max-request-bytes 1000 --allowed-origins * --allowed-methods GET"
     assert serve("m", *text.split()).server == ServerSettings(
         host="0.0.0.0",
         port=0,
@@ -77,6 +77,7 @@ def test_settings_arrive(serve):
         uvicorn_log_level="error",
         metrics_prefix="vllm",
         disable_fastapi_docs=True,
+        generation_config="vllm",
         max_request_bytes=1000,
         allowed_origins=("*",),
         allowed_methods=("GET",),
@@ -133,6 +134,8 @@ enable-log-requests: false
 dtype: float32
 max-num-seqs: 5
 max-engine-restarts: 2
+tokenizer: another
+load-format: dummy
 """
 
 
@@ -155,8 +158,9 @@ def test_a_file_of_flags(serve, write):
         enable_auto_tool_choice=True,
         enable_log_requests=False,
     )
-    assert config.engine.model == "from-file"
-    assert config.engine.dtype == "float32"
+    engine = config.engine
+    assert (engine.model, engine.tokenizer) == ("from-file", "another")
+    assert (engine.dtype, engine.load_format) == ("float32", "dummy")
     assert config.engine.config.max_num_seqs == 5
     assert config.max_engine_restarts == 2
 

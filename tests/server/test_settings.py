@@ -31,6 +31,7 @@ pytestmark = pytest.mark.anyio
         {"metrics_prefix": "a:b"},
         {"tool_call_parser": "pythonic"},
         {"uvicorn_log_level": "loud"},
+        {"generation_config": "mine"},
         {"chat_template": "/no/such/file.jinja"},
         {"ssl_certfile": "/no/such/file.pem"},
         {"ssl_keyfile": __file__},
@@ -58,6 +59,24 @@ async def test_auto_tool_choice(make_api):
     assert error["param"] == "tools"
     with pytest.raises(ConfigError, match="tool_call_parser"):
         make_api(enable_auto_tool_choice=True, chat_template="{{ messages }}")
+
+
+def test_a_template_that_hides_tools_is_told_of(make_api, caplog):
+    make_api(tool_call_parser="hermes", chat_template="{{ messages }}{{ tools }}")
+    assert not caplog.text
+    make_api(tool_call_parser="hermes", chat_template="{{ messages }}")
+    assert "does not show tools" in caplog.text
+
+
+async def test_what_the_model_recommends_is_for_fields_that_a_request_leaves_out(make_api):
+    engine = FakeEngine()
+    engine.sampling_defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    api = make_api(engine)
+    await api.complete(temperature=1.0, top_p=None)
+    await api.chat(top_k=0)
+    await make_api(engine, generation_config="vllm").complete()
+    chosen = [(one.temperature, one.top_p, one.top_k) for _, _, one in engine.seen]
+    assert chosen == [(1.0, 0.9, 20), (0.6, 0.9, 0), (1.0, 1.0, 0)]
 
 
 async def test_browsers_of_allowed_origins_may_ask(make_api):

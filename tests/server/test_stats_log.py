@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 def test_what_it_says(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    metrics = Metrics(model_name="tiny", max_model_len=9)
+    metrics = Metrics(model_name="tiny", max_model_len=9, block_size=64)
     log = StatsLog(FakeEngine(), metrics)
     now = 110.0
     assert log.line(Stats(num_running=0, num_cache_queries=10, num_cache_hits=0)) is None
@@ -57,7 +57,7 @@ def test_a_busy_server_says_it_and_one_whose_engine_is_dead_goes_on(
 
 async def test_it_ends_with_the_app():
     task = asyncio.create_task(
-        StatsLog(FakeEngine(), Metrics(model_name="", max_model_len=1)).run()
+        StatsLog(FakeEngine(), Metrics(model_name="tiny", max_model_len=9, block_size=64)).run()
     )
     await asyncio.sleep(0)
     task.cancel()

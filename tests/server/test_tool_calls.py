@@ -46,6 +46,17 @@ def test_a_call_that_was_not_closed_counts_at_the_end():
     assert (call.name, call.arguments) == ("f", '{"a": 1}')
 
 
+def test_of_a_list_that_was_cut_whole_calls_count():
+    text = (
+        '[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {}}, {"name": "f", "pa'
+    )
+    for is_finished in (True, False):
+        parsed = RequiredParser().parse(text, is_finished=is_finished)
+        assert [call.name for call in parsed.calls] == ["f", "g"]
+        assert parsed.content == ""
+    assert RequiredParser().parse("[", is_finished=True).content == "["
+
+
 def test_deep_nesting_is_text():
     deep = '{"name": "f", "arguments": ' + "[" * 100_000
     assert HermesParser().parse(f"<tool_call>{deep}", is_finished=True).calls == ()
