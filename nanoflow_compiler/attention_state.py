@@ -58,33 +58,36 @@ class StepLayout:
 
     query_starts: Ints  # [R + 1]
     context_lens: Ints  # [R]
-    block_tables: Ints  # [R, most blocks]
+    block_tables: npt.NDArray[np.integer]  # [R, most blocks]
     slots: Ints  # [T]
 
     @classmethod
-    def pack(cls, *, query_lens: Ints, context_lens: Ints, block_tables: Ints) -> "StepLayout":
+    def pack(
+        cls, *, query_lens: Ints, context_lens: Ints, block_tables: npt.NDArray[np.integer]
+    ) -> "StepLayout":
         query_starts = np.concatenate([[0], np.cumsum(query_lens)])
         rows = np.repeat(np.arange(len(query_lens)), query_lens)
         positions = np.arange(query_starts[-1]) + (context_lens - query_starts[:-1])[rows]
-        blocks = block_tables[rows, positions // BLOCK_SIZE]
+        blocks = block_tables[rows, positions // BLOCK_SIZE].astype(np.int64)
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         return cls(query_starts, context_lens, block_tables, slots)
 
     def part(self, start: int, end: int, *, device: torch.device | str = "cpu") -> AttentionPart:
-        """The tokens in ``[start, end)`` of the step."""
-        first = np.maximum(self.query_starts[:-1], start)
-        last = np.minimum(self.query_starts[1:], end)
-        kept = last > first
-        query_starts = np.append(first[kept], end) - start
-        context_lens = (self.context_lens + first - self.query_starts[:-1])[kept]
+        """The tokens in ``[start, end)`` of the step; each request has at least one in the step."""
+        first = int(np.searchsorted(self.query_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.query_starts, end)) if start < end else first
+        query_starts = np.clip(self.query_starts[first : last + 1], start, end) - start
+        # Only the first request may have begun before this range.
+        context_lens = self.context_lens[first:last].copy()
+        context_lens[:1] += start - self.query_starts[first]
 
-        def tensor(values: Ints, dtype: torch.dtype) -> Tensor:
+        def tensor(values: npt.NDArray[np.integer], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(values).to(device, dtype)
 
         return AttentionPart(
             query_starts=tensor(query_starts, torch.int32),
             context_lens=tensor(context_lens, torch.int32),
-            block_tables=tensor(self.block_tables[kept], torch.int32),
+            block_tables=tensor(self.block_tables[first:last], torch.int32),
             slots=tensor(self.slots[start:end], torch.int64),
         )
 

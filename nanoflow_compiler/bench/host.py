@@ -39,6 +39,7 @@ WARMUP_STEPS = 20
 @dataclass(frozen=True, slots=True)
 class _Step:
     host_ms: float
+    cpu_ms: float
     num_running: int
     num_tokens: int
     num_joined: int
@@ -85,14 +86,16 @@ class _Load:
         self._random = random.Random(settings.seed)
 
     def warm_up(self) -> None:
-        """All prompts in one large step; these requests end after any number of tokens.
+        """All prompts in one large step, each with as much of an answer as if it had run for long.
 
-        So about as many end in each later step, as if requests had come and gone for long.
+        So lengths, ends and new blocks are spread over the steps as they are in a service.
         """
         settings, batcher = self.settings, self.core.batcher
+        most = settings.input_len + settings.output_len
+        batcher.max_num_batched_tokens = settings.max_num_seqs * most
         for _ in range(settings.max_num_seqs):
-            self._add(self._random.randint(1, settings.output_len))
-        batcher.max_num_batched_tokens = settings.max_num_seqs * settings.input_len
+            remaining = self._random.randint(1, settings.output_len)
+            self._add(num_prompt=most - remaining, num_output=remaining)
         self._step()
         batcher.max_num_batched_tokens = settings.budget
         for _ in range(WARMUP_STEPS):
@@ -109,7 +112,7 @@ class _Load:
                 steps.append(self._step())
                 advance(1)
         duration = time.perf_counter() - start
-        host_ms = [step.host_ms for step in steps]
+        host_ms, cpu_ms = [step.host_ms for step in steps], [step.cpu_ms for step in steps]
         return {
             "num_steps": len(steps),
             "num_steps_waiting_for_host": self.runner.num_idle,
@@ -118,6 +121,8 @@ class _Load:
             "median_host_ms": float(np.median(host_ms)),
             "p99_host_ms": float(np.percentile(host_ms, 99)),
             "max_host_ms": max(host_ms),
+            "median_cpu_ms": float(np.median(cpu_ms)),
+            "p99_cpu_ms": float(np.percentile(cpu_ms, 99)),
             "host_ms_percentiles": percentiles(host_ms),
             "mean_running": float(np.mean([step.num_running for step in steps])),
             "mean_tokens": float(np.mean([step.num_tokens for step in steps])),
@@ -128,24 +133,32 @@ class _Load:
         """One turn of the engine's loop, and a new request for each that ended in it."""
         core, runner = self.core, self.runner
         before, blocked_s = core.stats(), runner.blocked_s
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         output = core.step()
         seconds = time.perf_counter() - start - (runner.blocked_s - blocked_s)
+        cpu_seconds = time.thread_time() - start_cpu
         num_ended = len(output.finish_reasons) if output else 0
-        for _ in range(num_ended):
-            seconds += self._add(self.settings.output_len)
+        added_s = sum(self._add_new() for _ in range(num_ended))
         after = core.stats()
-        num_tokens = after.num_batched_tokens - before.num_batched_tokens
-        return _Step(seconds * 1000, after.num_running, num_tokens, num_ended)
+        return _Step(
+            host_ms=(seconds + added_s) * 1000,
+            cpu_ms=(cpu_seconds + added_s) * 1000,
+            num_running=after.num_running,
+            num_tokens=after.num_batched_tokens - before.num_batched_tokens,
+            num_joined=num_ended,
+        )
 
-    def _add(self, output_len: int) -> float:
+    def _add_new(self) -> float:
+        return self._add(num_prompt=self.settings.input_len, num_output=self.settings.output_len)
+
+    def _add(self, *, num_prompt: int, num_output: int) -> float:
         """The seconds that the engine takes to queue one more request."""
         key = next(self._keys)
         request = EngineRequest(
             key=key,
             request_id=str(key),
-            prompt_token_ids=self._random.choices(range(VOCAB_SIZE), k=self.settings.input_len),
-            params=SamplingParams(max_tokens=output_len, ignore_eos=True, **self.sampling),
+            prompt_token_ids=self._random.choices(range(VOCAB_SIZE), k=num_prompt),
+            params=SamplingParams(max_tokens=num_output, ignore_eos=True, **self.sampling),
             group=key,
         )
         start = time.perf_counter()

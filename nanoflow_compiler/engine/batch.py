@@ -24,7 +24,7 @@ class Batch:
     positions: Ints  # [T]
     query_lens: Ints  # [R]
     context_lens: Ints  # [R], tokens of each request before its first one here
-    block_tables: Ints  # [R, most blocks], padded with the scratch block 0
+    block_tables: npt.NDArray[np.int32]  # [R, most blocks], padded with the scratch block 0
     rows: Ints  # [S], the last token of each sampled request
     slots: Ints  # [S]
     keys: Ints  # [S], which tell whether a slot still has the request that was sampled
@@ -55,7 +55,7 @@ class Batch:
             positions=positions,
             query_lens=counts,
             context_lens=starts,
-            block_tables=table.block_tables[slots, :most].astype(np.int64),
+            block_tables=table.block_tables[slots, :most],
             rows=(ends - 1)[entries.is_sampled],
             slots=sampled,
             keys=table.keys[sampled],

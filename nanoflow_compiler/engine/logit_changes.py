@@ -1,6 +1,5 @@
 """What requests change of their logits before a token is drawn, all rows at once on the device."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,26 +59,31 @@ def _bar(logits: Tensor, batch: SamplingBatch) -> None:
 
 def _penalise(logits: Tensor, batch: SamplingBatch, *, token_store: Tensor) -> None:
     """By what each row holds; a token that it holds often is written as often, with one value."""
-    of_history = batch.penalty_rows[batch.history_rows]
-    slots, rows, places, is_output, repetition, presence, frequency = upload(
+    penalised = batch.penalty_rows
+    rows, tables, lens, prompt_lens, repetition, presence, frequency = upload(
         (
-            batch.history_slots,
-            of_history,
-            batch.history_rows,
-            batch.history_is_output.astype(np.int32),
-            batch.repetition[of_history],
-            batch.presence[of_history],
-            batch.frequency[of_history],
+            penalised,
+            batch.history_tables,
+            batch.history_lens,
+            batch.history_prompt_lens,
+            batch.repetition[penalised],
+            batch.presence[penalised],
+            batch.frequency[penalised],
         ),
         device=logits.device,
     )
+    # One entry for each token; their number is given, so that the host does not wait for it.
+    places = torch.repeat_interleave(lens, output_size=int(batch.history_lens.sum()))
+    positions = torch.arange(len(places), device=logits.device) - (lens.cumsum(0) - lens)[places]
+    blocks = tables[places, positions // batch.block_size].long()
+    tokens = token_store[blocks * batch.block_size + positions % batch.block_size].long()
+    is_output = (positions >= prompt_lens[places]).int()
     num_tokens = logits.shape[-1]
-    tokens = token_store[slots].long()
     index = places * num_tokens + tokens
-    counts = is_output.new_zeros(len(batch.penalty_rows) * num_tokens)
+    counts = is_output.new_zeros(len(penalised) * num_tokens)
     number = counts.scatter_add_(0, index, is_output)[index]
-    values = logits[rows, tokens]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= frequency * number
-    values -= presence * (number > 0)
-    logits[rows, tokens] = values
+    values = logits[rows[places], tokens]
+    values = torch.where(values > 0, values / repetition[places], values * repetition[places])
+    values -= frequency[places] * number
+    values -= presence[places] * (number > 0)
+    logits[rows[places], tokens] = values

@@ -13,7 +13,6 @@ __all__ = ["SamplingBatch"]
 
 NO_INTS: Ints = np.zeros(0, dtype=np.int64)
 NO_FLOATS: Floats = np.zeros(0, dtype=np.float32)
-NO_BOOLS: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +39,13 @@ class SamplingBatch:
     bias_tokens: Ints
     bias_values: Floats
     penalty_rows: Ints
-    history_rows: Ints
-    """For each token of prompt or output of these rows: the row, as an index of ``penalty_rows``."""
-    history_is_output: npt.NDArray[np.bool_]
-    history_slots: Ints
-    """Where the token is in the token store of the device: ``block * block_size + offset``."""
+    history_tables: npt.NDArray[np.int32]
+    """Of these rows ``[P, most blocks]``: where the token store of the device holds prompt and output."""
+    history_lens: Ints
+    """Tokens of prompt and output together."""
+    history_prompt_lens: Ints
+    """How many of them are the prompt's."""
+    block_size: int
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +65,7 @@ class SamplingBatch:
         slots: Ints,
         num_prompt_tokens: Ints,
         num_output_tokens: Ints,
-        block_tables: npt.NDArray[np.integer],
+        block_tables: npt.NDArray[np.int32],
         block_size: int,
     ) -> Self:
         """The rows of ``slots``.
@@ -75,12 +76,8 @@ class SamplingBatch:
         barred_rows, barred_tokens = _barred(columns, slots, num_output_tokens)
         bias_rows, bias_tokens, bias_values = _bias(columns, slots)
         penalty_rows = np.flatnonzero(columns.has_penalties[slots])
-        history_rows, history_is_output, history_slots = _history(
-            block_tables[slots[penalty_rows]],
-            num_prompt_tokens=num_prompt_tokens[penalty_rows],
-            num_output_tokens=num_output_tokens[penalty_rows],
-            block_size=block_size,
-        )
+        lens = num_prompt_tokens + num_output_tokens
+        most_blocks = -(-int(lens[penalty_rows].max(initial=0)) // block_size)
         return cls(
             temperature=columns.temperature[slots],
             top_k=columns.top_k[slots],
@@ -98,9 +95,10 @@ class SamplingBatch:
             bias_tokens=bias_tokens,
             bias_values=bias_values,
             penalty_rows=penalty_rows,
-            history_rows=history_rows,
-            history_is_output=history_is_output,
-            history_slots=history_slots,
+            history_tables=block_tables[slots[penalty_rows], :most_blocks],
+            history_lens=lens[penalty_rows],
+            history_prompt_lens=num_prompt_tokens[penalty_rows],
+            block_size=block_size,
         )
 
 
@@ -120,19 +118,3 @@ def _bias(columns: SamplingColumns, slots: Ints) -> tuple[Ints, Ints, Floats]:
 
 def _repeated(rows: Ints, lists: Sequence[Ints]) -> Ints:
     return np.repeat(rows, np.array([len(one) for one in lists], dtype=np.int64))
-
-
-def _history(
-    block_tables: npt.NDArray[np.integer],
-    *,
-    num_prompt_tokens: Ints,
-    num_output_tokens: Ints,
-    block_size: int,
-) -> tuple[Ints, npt.NDArray[np.bool_], Ints]:
-    if not len(block_tables):
-        return NO_INTS, NO_BOOLS, NO_INTS
-    lengths = num_prompt_tokens + num_output_tokens
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    blocks = block_tables[rows, positions // block_size].astype(np.int64)
-    return rows, positions >= num_prompt_tokens[rows], blocks * block_size + positions % block_size

@@ -56,7 +56,7 @@ def test_rows_follow_their_slots():
 
 def test_plain_rows_have_no_lists():
     batch = gather(columns_of(dict.fromkeys(range(NUM_SLOTS), PLAIN)), range(NUM_SLOTS))
-    lists = (batch.barred_rows, batch.bias_rows, batch.penalty_rows, batch.history_slots)
+    lists = (batch.barred_rows, batch.bias_rows, batch.penalty_rows, batch.history_lens)
     assert [len(one) for one in lists] == [0] * 4
     assert not batch.is_greedy.any()
 
@@ -125,14 +125,20 @@ def test_history_is_every_token_of_the_rows_with_penalties(rows):
         if has
         for position in range(prompt + output)
     ]
-    found = zip(
-        batch.penalty_rows[batch.history_rows].tolist(),
-        batch.history_is_output.tolist(),
-        batch.history_slots.tolist(),
+    history = zip(
+        batch.penalty_rows.tolist(),
+        batch.history_tables.tolist(),
+        batch.history_lens.tolist(),
+        batch.history_prompt_lens.tolist(),
         strict=True,
     )
-    assert list(found) == expected
-    assert batch.history_slots.dtype == np.int64
+    found = [
+        (row, position >= prompt, blocks[position // 4] * 4 + position % 4)
+        for row, blocks, length, prompt in history
+        for position in range(length)
+    ]
+    assert found == expected
+    assert batch.history_tables.dtype == np.int32
 
 
 def test_it_is_made_without_torch():
