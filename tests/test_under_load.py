@@ -5,11 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from nanoflow_compiler import LLM, AsyncEngine, EngineConfig, EngineSpec, SamplingParams
-from nanoflow_compiler.engine import lengths
+from nanoflow_compiler import LLM, AsyncEngine, EngineSpec, SamplingParams
+from nanoflow_compiler.engine.batcher import Batcher
 
 NUM_REQUESTS = 200
-MAX_MODEL_LEN = 512
 KINDS = (
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.3},
@@ -43,7 +42,7 @@ def requests(smollm2):
 
 def run(requests, model, **settings):
     """The answers, and how often a request was preempted."""
-    with LLM(model, max_model_len=MAX_MODEL_LEN, **settings) as llm:
+    with LLM(model, **settings) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
             [params for _, params in requests],
@@ -64,27 +63,20 @@ def alone(smollm2, requests):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="defaults"),
-        pytest.param({"enable_prefix_caching": False}, id="no-prefix-cache"),
-        pytest.param({"max_num_batched_tokens": 37, "max_num_seqs": 30}, id="cut-everywhere"),
-    ],
-)
-def test_answers_under_load_equal_those_alone(smollm2, requests, alone, settings):
-    answers, stats = run(requests, smollm2.path, **settings)
+def test_cut_everywhere_without_a_prefix_cache(smollm2, requests, alone):
+    settings = {"max_num_batched_tokens": 37, "max_num_seqs": 30}
+    answers, stats = run(requests, smollm2.path, enable_prefix_caching=False, **settings)
     assert answers == alone
-    assert (stats.num_cache_hits > 0) == settings.get("enable_prefix_caching", True)
+    assert stats.num_cache_hits == 0
 
 
 @pytest.mark.timeout(1200)
 def test_preempted_requests_too(smollm2, requests, alone, monkeypatch):
-    monkeypatch.setattr(lengths, "FIRST_GUESS", 0)
-    monkeypatch.setattr(lengths.OutputLengths, "add", lambda *_: None)
-    answers, stats = run(requests, smollm2.path, num_kv_blocks=12, max_num_batched_tokens=100)
+    monkeypatch.setattr(Batcher, "_is_expected_to_fit", lambda *_, **__: True)
+    answers, stats = run(requests, smollm2.path, num_kv_blocks=20)
     assert answers == alone
     assert stats.num_preemptions > 0
+    assert stats.num_cache_hits > 0
 
 
 @pytest.mark.timeout(1200)
@@ -100,8 +92,10 @@ def test_through_a_process_of_its_own(smollm2, requests, alone):
         return answer(last)
 
     async def main():
-        spec = EngineSpec(model=str(smollm2.path), config=EngineConfig(max_model_len=MAX_MODEL_LEN))
-        async with AsyncEngine.launch(spec) as engine:
-            return await asyncio.gather(*(one(engine, number) for number in range(len(requests))))
+        async with AsyncEngine.launch(EngineSpec(model=str(smollm2.path))) as engine:
+            answers = await asyncio.gather(*(one(engine, n) for n in range(len(requests))))
+            return answers, await engine.stats()
 
-    assert asyncio.run(main()) == alone
+    answers, stats = asyncio.run(main())
+    assert answers == alone
+    assert stats.num_cache_hits > 0
