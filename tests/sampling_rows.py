@@ -64,10 +64,11 @@ def draw_rows(logits, rows, *, eos=(), mask=None):
 
 
 def reference_logits(logits, one, *, eos=(), allowed=None):
-    """vLLM's order: mask, bias, bars, repetition, frequency, presence."""
+    """vLLM's order: masks, bias, bars, repetition, frequency, presence."""
     changed = []
     for token, value in enumerate(np.asarray(logits, dtype=np.float64)):
-        if allowed is not None and token not in allowed:
+        own = one.params.allowed_token_ids
+        if any(tokens is not None and token not in tokens for tokens in (allowed, own)):
             value = -math.inf
         value += (one.params.logit_bias or {}).get(token, 0.0)
         is_end = token in eos or token in one.params.stop_token_ids

@@ -14,13 +14,15 @@ __all__ = ["change_logits"]
 def change_logits(
     logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: TokenMask | None
 ) -> Tensor:
-    """Mask, bias, bars and penalties, in the order of vLLM; the same tensor if no row asks for any."""
-    few = (batch.bias_rows, batch.barred_rows, batch.penalty_rows)
+    """Masks, bias, bars and penalties, in the order of vLLM; the same tensor if no row asks for any."""
+    few = (batch.allowed_rows, batch.bias_rows, batch.barred_rows, batch.penalty_rows)
     if mask is None and not any(map(len, few)):
         return logits
     logits = logits.clone()
     if mask is not None:
         _apply_mask(logits, mask)
+    if len(batch.allowed_rows):
+        _keep_allowed(logits, batch)
     if len(batch.bias_rows):
         _add_bias(logits, batch)
     if len(batch.barred_rows):
@@ -40,6 +42,13 @@ def _apply_mask(logits: Tensor, mask: TokenMask) -> None:
         bits = (their_words[:, :, None] >> shifts) & 1
         is_barred = bits.flatten(1)[:, :num_tokens] == 0
         logits[some] = logits[some].masked_fill_(is_barred, -torch.inf)
+
+
+def _keep_allowed(logits: Tensor, batch: SamplingBatch) -> None:
+    rows, tokens = upload((batch.allowed_rows, batch.allowed_tokens), device=logits.device)
+    kept = logits[rows, tokens]
+    logits.index_fill_(0, rows, -torch.inf)
+    logits[rows, tokens] = kept
 
 
 def _add_bias(logits: Tensor, batch: SamplingBatch) -> None:

@@ -35,6 +35,9 @@ class SamplingBatch:
     barred_rows: Ints
     barred_tokens: Ints
     """Would end a row before its ``min_tokens``; one beyond the vocabulary has no effect."""
+    allowed_rows: Ints
+    allowed_tokens: Ints
+    """The only ones that these rows may choose."""
     bias_rows: Ints
     bias_tokens: Ints
     bias_values: Floats
@@ -74,6 +77,7 @@ class SamplingBatch:
         before the one to be sampled. ``block_tables`` is indexed by slot.
         """
         barred_rows, barred_tokens = _barred(columns, slots, num_output_tokens)
+        allowed_rows, allowed_tokens = _allowed(columns, slots)
         bias_rows, bias_tokens, bias_values = _bias(columns, slots)
         penalty_rows = np.flatnonzero(columns.has_penalties[slots])
         lens = num_prompt_tokens + num_output_tokens
@@ -91,6 +95,8 @@ class SamplingBatch:
             num_logprobs=columns.num_logprobs[slots],
             barred_rows=barred_rows,
             barred_tokens=barred_tokens,
+            allowed_rows=allowed_rows,
+            allowed_tokens=allowed_tokens,
             bias_rows=bias_rows,
             bias_tokens=bias_tokens,
             bias_values=bias_values,
@@ -105,6 +111,12 @@ class SamplingBatch:
 def _barred(columns: SamplingColumns, slots: Ints, num_output_tokens: Ints) -> tuple[Ints, Ints]:
     rows = np.flatnonzero(num_output_tokens < columns.min_tokens[slots])
     tokens = [columns.ends[slot] for slot in slots[rows].tolist()]
+    return _repeated(rows, tokens), np.concatenate([NO_INTS, *tokens])
+
+
+def _allowed(columns: SamplingColumns, slots: Ints) -> tuple[Ints, Ints]:
+    rows = np.flatnonzero(columns.has_allowed[slots])
+    tokens = [columns.allowed[slot] for slot in slots[rows].tolist()]
     return _repeated(rows, tokens), np.concatenate([NO_INTS, *tokens])
 
 

@@ -32,9 +32,12 @@ class SamplingColumns:
     num_logprobs: Ints
     """-1 is none."""
     has_bias: npt.NDArray[np.bool_]
+    has_allowed: npt.NDArray[np.bool_]
     ends: dict[int, Ints] = field(default_factory=dict)
     """Tokens that would end the request, of those with ``min_tokens``."""
     bias: dict[int, tuple[Ints, Floats]] = field(default_factory=dict)
+    allowed: dict[int, Ints] = field(default_factory=dict)
+    """The only tokens that may be chosen, where not all may."""
 
     @classmethod
     def allocate(cls, num_slots: int) -> Self:
@@ -57,6 +60,7 @@ class SamplingColumns:
             min_tokens=integers(),
             num_logprobs=integers(),
             has_bias=np.zeros(num_slots, dtype=np.bool_),
+            has_allowed=np.zeros(num_slots, dtype=np.bool_),
         )
 
     def put(
@@ -79,6 +83,7 @@ class SamplingColumns:
     def _put_rare(self, slot: int, params: SamplingParams, *, eos_token_ids: Iterable[int]) -> None:
         self.ends.pop(slot, None)
         self.bias.pop(slot, None)
+        self.allowed.pop(slot, None)
         if params.min_tokens:
             ends = {*eos_token_ids, *(params.stop_token_ids or ())}
             self.ends[slot] = np.array(sorted(ends), dtype=np.int64)
@@ -86,3 +91,6 @@ class SamplingColumns:
         if params.logit_bias:
             tokens = np.array(list(params.logit_bias), dtype=np.int64)
             self.bias[slot] = tokens, np.array(list(params.logit_bias.values()), dtype=np.float32)
+        self.has_allowed[slot] = params.allowed_token_ids is not None
+        if params.allowed_token_ids is not None:
+            self.allowed[slot] = np.array(params.allowed_token_ids, dtype=np.int64)

@@ -47,6 +47,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     """Token id to what is added to its logit."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other token is chosen; ``None`` allows all."""
     logprobs: int | None = None
     """This many most likely tokens beside each chosen one; 0 is the chosen one alone."""
     prompt_logprobs: int | None = None
@@ -58,8 +60,12 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}) or None)
+        if self.allowed_token_ids is not None:
+            unique = tuple(dict.fromkeys(self.allowed_token_ids))
+            object.__setattr__(self, "allowed_token_ids", unique)
         self._check_draw()
         self._check_penalties()
+        self._check_allowed()
         self._check_lengths()
         self._check_logprobs()
         _check(all(stop), "stop holds an empty string, which every text contains")
@@ -93,6 +99,15 @@ class SamplingParams:
                 f"logit_bias of token {token} must be from -100 to 100, not {bias}",
             )
 
+    def _check_allowed(self) -> None:
+        allowed = self.allowed_token_ids
+        _check(
+            allowed is None or len(allowed) > 0,
+            "allowed_token_ids is empty, which allows no token; leave it out to allow all",
+        )
+        bad = [token for token in allowed or () if type(token) is not int or token < 0]
+        _check(not bad, f"allowed_token_ids holds {bad[:1]}, which is no token id")
+
     def _check_lengths(self) -> None:
         most = self.max_tokens
         _check(most is None or most >= 1, f"max_tokens must be at least 1, not {most}")
@@ -114,13 +129,14 @@ class SamplingParams:
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a bias of a token that the model does not have."""
-        unknown = [token for token in self.logit_bias or () if token >= vocab_size]
-        if unknown:
-            raise RequestError(
-                f"logit_bias names token {unknown[0]}, but the model's tokens are 0 to "
-                f"{vocab_size - 1}; use the ids of the model's own tokenizer"
-            )
+        """Refuse tokens that the model does not have."""
+        for name in ("logit_bias", "allowed_token_ids"):
+            unknown = [token for token in getattr(self, name) or () if token >= vocab_size]
+            if unknown:
+                raise RequestError(
+                    f"{name} names token {unknown[0]}, but the model's tokens are 0 to "
+                    f"{vocab_size - 1}; use the ids of the model's own tokenizer"
+                )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ rows = st.builds(
     frequency_penalty=st.sampled_from([0.0, 0.4, -0.1]),
     min_tokens=st.sampled_from([0, 2]),
     stop_token_ids=st.sampled_from([(), (3,), (3, 10**6)]),
+    allowed_token_ids=st.sampled_from([None, (1,), (5, 0, 36, 5), tuple(range(VOCAB))]),
     logit_bias=st.none() | st.dictionaries(st.integers(0, 4), st.sampled_from([-100, 1, 9])),
 )
 

@@ -56,8 +56,17 @@ def test_rows_follow_their_slots():
 
 def test_plain_rows_have_no_lists():
     batch = gather(columns_of(dict.fromkeys(range(NUM_SLOTS), PLAIN)), range(NUM_SLOTS))
-    lists = (batch.barred_rows, batch.bias_rows, batch.penalty_rows, batch.history_lens)
-    assert [len(one) for one in lists] == [0] * 4
+    lists = (batch.barred_rows, batch.allowed_rows, batch.bias_rows, batch.penalty_rows)
+    assert [len(one) for one in (*lists, batch.history_lens)] == [0] * 5
+
+
+def test_allowed_tokens_are_listed_by_row():
+    columns = columns_of({1: SamplingParams(allowed_token_ids=[5, 3]), 4: PLAIN})
+    batch = gather(columns, [4, 1])
+    assert batch.allowed_rows.tolist() == [1, 1]
+    assert batch.allowed_tokens.tolist() == [5, 3]
+    columns.put(1, PLAIN, seed=0, eos_token_ids=())
+    assert not len(gather(columns, [4, 1]).allowed_rows)
     assert not batch.is_greedy.any()
 
 

@@ -35,6 +35,9 @@ ANY_JSON = StructuredOutputsParams(json_object=True)
         ({"logit_bias": {5: NAN}}, "logit_bias of token 5"),
         ({"logit_bias": {-1: 0.0}}, "-1 is no token id"),
         ({"logit_bias": {"7": 0.0}}, "'7' is no token id"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [3, -1]}, r"holds \[-1\]"),
+        ({"allowed_token_ids": ["3"]}, r"holds \['3'\]"),
         ({"logprobs": -1}, "logprobs must be 0 to 20"),
         ({"logprobs": 21}, "logprobs must be 0 to 20"),
         ({"prompt_logprobs": 21}, "prompt_logprobs must be 0 to 20"),
@@ -57,6 +60,7 @@ def test_sequences_become_tuples():
     params = SamplingParams(stop="end", stop_token_ids=[1, 2])
     assert params.stop_strings == ("end",)
     assert params.stop_token_ids == (1, 2)
+    assert SamplingParams(allowed_token_ids=[2, 1, 2]).allowed_token_ids == (2, 1)
     assert hash(params) == hash(SamplingParams(stop=["end"], stop_token_ids=(1, 2)))
     assert SamplingParams().stop_strings == ()
 

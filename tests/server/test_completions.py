@@ -99,6 +99,7 @@ async def test_fields_reach_the_engine(api):
         presence_penalty=0.5,
         frequency_penalty=0.25,
         logit_bias={"5": 2},
+        allowed_token_ids=[7, 5, 7],
         max_tokens=3,
     )
     ((_, _, params),) = api.engine.seen
@@ -108,6 +109,7 @@ async def test_fields_reach_the_engine(api):
     assert params.skip_special_tokens is False
     assert (params.repetition_penalty, params.presence_penalty) == (1.5, 0.5)
     assert (params.frequency_penalty, params.logit_bias) == (0.25, {5: 2.0})
+    assert params.allowed_token_ids == (7, 5)
 
 
 async def test_stop_tokens_and_end_tokens(make_api):
@@ -211,6 +213,7 @@ async def test_a_stream_in_larger_pieces_says_the_same(make_api, setting, field,
         {"logprobs": 500},
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"5": 1000}},
+        {"allowed_token_ids": []},
         {"stop": [""]},
         {"stop": ["x"] * 1000},
         {"prompt": []},

@@ -74,7 +74,6 @@ async def test_harmless_fields_pass(api):
         ("best_of", 4, "best_of"),
         ("suffix", "end", "suffix"),
         ("bad_words", ["x"], "bad_words"),
-        ("allowed_token_ids", [5], "allowed_token_ids"),
         ("spaces_between_special_tokens", False, "spaces_between_special_tokens"),
         ("structured_outputs", {"structural_tag": "x"}, "structured_outputs.structural_tag"),
         ("structured_outputs", {"regex": "a", "whitespace_pattern": " "}, None),

@@ -80,6 +80,16 @@ def test_several_prompts_completions_stops_and_echo(api):
     assert all(c.text.startswith("A, B,") and "\n" not in c.text for c in answer.choices[2:])
 
 
+def test_allowed_tokens(api, url):
+    tokens = httpx.post(f"{url}/tokenize", json={"prompt": " yes no"}).json()["tokens"]
+    extra = {"allowed_token_ids": tokens, "ignore_eos": True}
+    answer = api.completions.create(model=MODEL, prompt="Is it?", max_tokens=8, extra_body=extra)
+    assert set(answer.choices[0].text.split()) <= {"yes", "no"}
+    extra = {"allowed_token_ids": [10**6]}
+    with pytest.raises(openai.BadRequestError, match="allowed_token_ids names token"):
+        api.completions.create(model=MODEL, prompt="x", extra_body=extra)
+
+
 def test_logprobs_of_a_prompt_alone(api):
     prompt = "The capital of France is Paris"
     answer = api.completions.create(model=MODEL, prompt=prompt, echo=True, max_tokens=0, logprobs=1)
