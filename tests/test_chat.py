@@ -69,6 +69,17 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(capsys):
     assert capsys.readouterr().out == "1 \n3 messages\n"
 
 
+def test_another_ctrl_c_does_not_end_the_session(monkeypatch):
+    def ask(_session, text):
+        asked.append(text)
+        raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(Session, "ask", ask)
+    Session(Answers(), system_prompt=None).run(["a", "b"])
+    assert asked == ["a", "b"]
+
+
 def test_a_failure_ends_neither_the_session_nor_stays_in_it(capsys):
     pieces = itertools.count()
 

@@ -32,20 +32,17 @@ class Session:
 
     def ask(self, text: str) -> None:
         """Print the answer as it comes; what was said until Ctrl-C is kept, a failure leaves no trace."""
-        self.messages.append({"role": "user", "content": text})
+        question = {"role": "user", "content": text}
         said = []
         try:
-            with closing(self._answer(self.messages)) as pieces:
+            with closing(self._answer([*self.messages, question])) as pieces:
                 for piece in pieces:
                     typer.echo(piece, nl=False)
                     said.append(piece)
         except KeyboardInterrupt:
             typer.echo(" [stopped]", err=True, nl=False)
-        except NanoflowError:
-            self.messages.pop()
-            raise
         typer.echo()
-        self.messages.append({"role": "assistant", "content": "".join(said)})
+        self.messages += [question, {"role": "assistant", "content": "".join(said)}]
 
     def run(self, lines: Iterable[str]) -> None:
         """Answer every line, until /exit or the end of them."""
@@ -61,11 +58,13 @@ class Session:
                 self._try(text)
 
     def _try(self, text: str) -> None:
-        """One question that fails does not end the conversation."""
+        """One question that fails does not end the conversation, nor does more than one Ctrl-C."""
         try:
             self.ask(text)
         except NanoflowError as error:
             typer.echo(f"nanoflow: {' '.join(str(error).split())}", err=True)
+        except KeyboardInterrupt:
+            typer.echo(err=True)
 
 
 def typed_lines(source: TextIO) -> Iterator[str]:
