@@ -10,17 +10,16 @@ and a later answer; ``prefill`` and ``decode`` are medians of repeated answers.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from nanoflow_compiler.bench.environment import environment
 
 PREFILL_TOKENS = 512
 DECODE_PROMPT_TOKENS = 32
@@ -77,33 +76,6 @@ def run_twice(engine: str, options: argparse.Namespace) -> Iterator[tuple[str, d
                 command, env=os.environ | caches, stdout=subprocess.PIPE, check=True, text=True
             )
             yield state, json.loads(done.stdout.splitlines()[-1])
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = next(
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    packages = ("nanoflow-compiler", "torch", "transformers")
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "threads": threads,
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in packages},
-    }
-
-
-def installed(package: str) -> str | None:
-    """Version of a package; None for one that runs from its source."""
-    try:
-        return version(package)
-    except ModuleNotFoundError:
-        return None
 
 
 def measure(engine: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu import environment
+from nanoflow_compiler.bench.environment import environment
 
 ENGINES = ("static", "generate_batch", "nanoflow")
 LENGTHS = {"mixed": ((16, 256), (16, 256)), "equal": ((128, 128), (128, 128))}
@@ -179,10 +179,7 @@ def start_nanoflow(options: argparse.Namespace) -> Run:
     def run(requests: Sequence[Request]) -> int:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
-            [
-                SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-                for _, new in requests
-            ],
+            [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for _, new in requests],
         )
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
