@@ -29,7 +29,19 @@ _SHORT = {
 }
 _HANDLE = "NO_BYTES"
 # What the generated functions call things themselves, as a model may call its arguments.
-_TAKEN = {"bind", "cuts", "inputs", "merge", "ops", "run", "take", "take_dense", "torch", "values"}
+_TAKEN = {
+    "bind",
+    "cuts",
+    "inputs",
+    "merge",
+    "ops",
+    "pack",
+    "run",
+    "take",
+    "take_dense",
+    "torch",
+    "values",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from nanoflow_compiler.models import Decoder, load_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
+LONGEST = ("test_under_load.py", "test_smollm2.py")
 NEEDED_GPUS = {"gpu": 1, "multigpu": 2}
 
 
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
     run_slow = config.getoption("--slow") or "slow" in config.getoption("-m")
     num_gpus = torch.cuda.device_count()
     # The longest first, so that they are not what one worker is left with at the end.
-    items.sort(key=lambda item: item.path.name != "test_smollm2.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         if "slow" in item.keywords and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: pass --slow"))

@@ -21,12 +21,12 @@ KINDS = (
 
 
 def make_requests(tokenizer):
-    """Prompts of 1 to 100 tokens, of which many begin alike, and settings of all kinds."""
+    """Prompts of 1 to 134 tokens, many of which begin alike or end beside a block's end."""
     rng = np.random.default_rng(0)
-    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 5
-    shared = tokenizer(text)["input_ids"][:90]
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+    shared = tokenizer(text)["input_ids"][:120]
     for number in range(NUM_REQUESTS):
-        begins = shared[: int(rng.choice([0, 0, 0, 0, 70, 90]))]
+        begins = shared[: int(rng.choice([0, 0, 0, 55, 70, 115]))]
         own = rng.integers(3, 2000, int(rng.integers(1, 20))).tolist()
         most = int(rng.integers(1, 12))
         yield (
@@ -35,13 +35,8 @@ def make_requests(tokenizer):
         )
 
 
-@pytest.fixture(scope="module")
-def requests(smollm2):
-    return list(make_requests(smollm2.tokenizer))
-
-
 def run(requests, model, **settings):
-    """The answers, and how often a request was preempted."""
+    """The answers, and the counts of the engine."""
     with LLM(model, **settings) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt, _ in requests],
@@ -50,38 +45,8 @@ def run(requests, model, **settings):
         return [answer(output) for output in outputs], llm._core.stats()
 
 
-def answer(output):
-    (completion,) = output.outputs
-    return completion.token_ids, completion.finish_reason
-
-
-@pytest.fixture(scope="module")
-def alone(smollm2, requests):
-    """One after the other, each prompt computed whole."""
-    answers, _ = run(requests, smollm2.path, max_num_seqs=1, enable_prefix_caching=False)
-    return answers
-
-
-@pytest.mark.timeout(1200)
-def test_cut_everywhere_without_a_prefix_cache(smollm2, requests, alone):
-    settings = {"max_num_batched_tokens": 37, "max_num_seqs": 30}
-    answers, stats = run(requests, smollm2.path, enable_prefix_caching=False, **settings)
-    assert answers == alone
-    assert stats.num_cache_hits == 0
-
-
-@pytest.mark.timeout(1200)
-def test_preempted_requests_too(smollm2, requests, alone, monkeypatch):
-    monkeypatch.setattr(Batcher, "_is_expected_to_fit", lambda *_, **__: True)
-    answers, stats = run(requests, smollm2.path, num_kv_blocks=20)
-    assert answers == alone
-    assert stats.num_preemptions > 0
-    assert stats.num_cache_hits > 0
-
-
-@pytest.mark.timeout(1200)
-def test_through_a_process_of_its_own(smollm2, requests, alone):
-    """All callers at once, as a server has them."""
+def run_in_a_process(requests, model):
+    """The same through an engine in a process of its own, all callers at once, as a server has them."""
 
     async def one(engine, number):
         prompt, params = requests[number]
@@ -92,10 +57,34 @@ def test_through_a_process_of_its_own(smollm2, requests, alone):
         return answer(last)
 
     async def main():
-        async with AsyncEngine.launch(EngineSpec(model=str(smollm2.path))) as engine:
+        async with AsyncEngine.launch(EngineSpec(model=str(model))) as engine:
             answers = await asyncio.gather(*(one(engine, n) for n in range(len(requests))))
             return answers, await engine.stats()
 
-    answers, stats = asyncio.run(main())
+    return asyncio.run(main())
+
+
+def answer(output):
+    (completion,) = output.outputs
+    return completion.token_ids, completion.finish_reason
+
+
+@pytest.mark.timeout(1500)
+def test_answers_under_load_equal_those_alone(smollm2, monkeypatch):
+    """In one test, because what each request gets alone takes longest."""
+    requests, model = list(make_requests(smollm2.tokenizer)), smollm2.path
+    alone, _ = run(requests, model, max_num_seqs=1, enable_prefix_caching=False)
+
+    answers, stats = run_in_a_process(requests, model)
     assert answers == alone
     assert stats.num_cache_hits > 0
+
+    cut_everywhere = {"max_num_batched_tokens": 37, "max_num_seqs": 30}
+    answers, stats = run(requests, model, enable_prefix_caching=False, **cut_everywhere)
+    assert answers == alone
+    assert stats.num_cache_hits == 0
+
+    monkeypatch.setattr(Batcher, "_is_expected_to_fit", lambda *_, **__: True)
+    answers, stats = run(requests, model, num_kv_blocks=8)
+    assert answers == alone
+    assert stats.num_preemptions > 0

@@ -49,3 +49,17 @@ def test_names_of_a_model_that_the_source_uses_itself():
     )
     with torch.no_grad():
         assert all(map(torch.equal, compiled(*arguments), function(*arguments)))
+
+
+def test_an_argument_called_as_the_function_that_packs_weights():
+    class Model(torch.nn.Linear):
+        def forward(self, pack):
+            return super().forward(pack) + pack
+
+    model, x = Model(8, 8), torch.randn(4, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend="nanoflow", options={"gemms": "packed", "clusters": "eager"}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
