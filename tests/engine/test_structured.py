@@ -35,7 +35,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
-    pytest.importorskip("xgrammar", reason="structured outputs need xgrammar (the server extra)")
+    pytest.importorskip("xgrammar", reason="structured outputs need xgrammar")
     return GrammarCompiler(tokenizer, vocab_size=VOCAB, eos_token_ids=[EOS, 10**6])
 
 
