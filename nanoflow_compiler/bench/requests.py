@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanoflow_compiler.bench.dataset import BenchRequest, DatasetSettings, Vocabulary
+from nanoflow_compiler.bench.progress import progress
 from nanoflow_compiler.bench.random_prompts import as_text, random_requests
 from nanoflow_compiler.bench.sharegpt import sharegpt_requests
 from nanoflow_compiler.bench.trace import trace_requests
@@ -60,16 +61,14 @@ def with_texts(
     num_special = tokenizer.num_special_tokens_to_add()
     rng = np.random.default_rng(seed)
     made = []
-    for request in requests:
-        if request.text is None:
-            text, ids = as_text(
-                request.prompt_token_ids[num_special:] or request.prompt_token_ids,
-                tokenizer=tokenizer,
-                vocabulary=vocabulary,
-                rng=rng,
-            )
-            request = replace(request, text=text, prompt_token_ids=ids)
-        made.append(request)
+    with progress("prompts", total=len(requests)) as advance:
+        for request in requests:
+            if request.text is None:
+                ids = request.prompt_token_ids[num_special:] or request.prompt_token_ids
+                text, ids = as_text(ids, tokenizer=tokenizer, vocabulary=vocabulary, rng=rng)
+                request = replace(request, text=text, prompt_token_ids=ids)
+            made.append(request)
+            advance(1)
     return made
 
 
