@@ -250,6 +250,9 @@ class Batcher:
         """
         table = self.table
         slots = np.append(self.running, slot)
+        longest = -(-(table.limit[slots] - 1) // self.allocator.block_size)
+        if longest.sum() <= self.allocator.num_usable:
+            return True  # nothing needs to be guessed
         generated = table.num_known[slots] - table.num_prompt[slots]
         most = table.limit[slots] - table.num_prompt[slots]
         remaining = self.lengths.expected(generated, most=most) - generated

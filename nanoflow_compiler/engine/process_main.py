@@ -1,5 +1,6 @@
 """What the process of an engine runs: ``python -m nanoflow_compiler.engine.process_main FD``."""
 
+import gc
 import logging
 import os
 import signal
@@ -49,6 +50,9 @@ def main(descriptor: int) -> None:
         level=launch.log_level, format="%(asctime)s engine: %(message)s", stream=sys.stderr
     )
     built = _build(launch, lifeline)
+    # What is there now stays: a collection that walked through it would hold up a step.
+    gc.collect()
+    gc.freeze()
     with zmq.Context() as context:
         commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         for end in (commands, events):
