@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nanoflow_compiler.backends.gemms import num_writes, pack
+from nanoflow_compiler.backends.packing import num_writes, pack
 from nanoflow_compiler.backends.source import Verbatim, call_text, variable
 from nanoflow_compiler.graphs import map_nodes
 from nanoflow_compiler.merging import are_adjacent, merge_rows

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from nanoflow_compiler.backends.clusters import kernel_name
-from nanoflow_compiler.backends.gemms import packed_addmm, packed_mm
+from nanoflow_compiler.backends.packing import packed_addmm, packed_mm
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
 from nanoflow_compiler.graphs import is_size, map_nodes, overload, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait

@@ -9,7 +9,8 @@ from torch import fx
 from nanoflow_compiler.backends import Executable, get_backend
 from nanoflow_compiler.backends.binding import InputBinder, write_binding
 from nanoflow_compiler.backends.clusters import Kernels
-from nanoflow_compiler.backends.gemms import choose_packed
+from nanoflow_compiler.backends.gemm_timing import GemmShape
+from nanoflow_compiler.backends.gemms import GemmChoice, choose_packed
 from nanoflow_compiler.backends.rows import even_cuts
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.config import CompileConfig
@@ -65,7 +66,9 @@ def compile_graph(
     chosen, decision = _choose(whole, ops, config=config, device=device, step=step)
     weights = frozenset(captured.weights)
     bound = bound_nodes(captured.module, weights)
-    unit = _unit(ops, captured, fixed=weights | {node.name for node in bound}, config=config)
+    unit = Unit.of(ops, captured.module)
+    gemms = _choose_gemms(unit, fixed=weights | {node.name for node in bound}, config=config)
+    unit = replace(unit, packed=gemms.packed)
     kernels = Kernels()
     step.note("decision", decision)
     plans = [whole] if chosen is whole else [whole, chosen]
@@ -80,23 +83,26 @@ def compile_graph(
         inputs=ops.inputs,
         weights=captured.weights,
         bound=bound,
-        packed=unit.packed,
+        packed=gemms.packed,
     )
     step.note("binding", layout.source)
     binder = InputBinder(layout, names)
     return CompiledGraph(
-        tuple(executables), binder, kernels, decision, _tokens_of(captured), tuple(plans)
+        tuple(executables),
+        binder,
+        kernels,
+        decision,
+        _tokens_of(captured),
+        tuple(plans),
+        gemms.measured,
     )
 
 
-def _unit(
-    ops: OpGraph, captured: CapturedGraph, *, fixed: frozenset[str], config: CompileConfig
-) -> Unit:
-    """What programs name; the reference backend takes every operation as the graph has it."""
-    unit = Unit.of(ops, captured.module)
+def _choose_gemms(unit: Unit, *, fixed: frozenset[str], config: CompileConfig) -> GemmChoice:
+    """The reference backend takes every operation as the graph has it."""
     if config.backend == "reference":
-        return unit
-    return replace(unit, packed=choose_packed(unit, fixed=fixed, mode=config.gemms))
+        return GemmChoice()
+    return choose_packed(unit, fixed=fixed, mode=config.gemms)
 
 
 def _plan(
@@ -170,6 +176,8 @@ class CompiledGraph:
     tokens_at: tuple[int, int] | None = None
     plans: tuple[Schedule, ...] = ()
     """The schedule of each executable; none for a step that was kept by an earlier process."""
+    measured: tuple[GemmShape, ...] = ()
+    """Weights of which it was measured whether to pack them."""
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """Outputs for the values of the placeholders; cells of like size."""

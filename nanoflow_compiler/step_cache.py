@@ -10,10 +10,12 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
@@ -27,8 +29,10 @@ from nanoflow_compiler.backends import Executable
 from nanoflow_compiler.backends.binding import InputBinder, InputLayout
 from nanoflow_compiler.backends.clusters import Kernels, load_kernel
 from nanoflow_compiler.backends.codegen import CodegenExecutable
+from nanoflow_compiler.backends.gemm_timing import GemmShape, time_packed
 from nanoflow_compiler.backends.source import Function
 from nanoflow_compiler.config import CompileConfig, cache_dir
+from nanoflow_compiler.graphs import dtype_name
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CompiledGraph
 
@@ -97,6 +101,10 @@ class _NotPortable(Exception):  # noqa: N818 - not an error: such a step is comp
     """What a step holds that text cannot say."""
 
 
+class _Outdated(Exception):  # noqa: N818 - not an error: such a step is compiled once more
+    """Why a kept step is no longer what would be compiled."""
+
+
 def _files(compiled: CompiledGraph) -> dict[str, str]:
     """Contents by file name."""
     kernels, layout = compiled.kernels, compiled.binder.layout
@@ -110,6 +118,7 @@ def _files(compiled: CompiledGraph) -> dict[str, str]:
         "layout": asdict(layout) | {"source": "binding.py"},
         "programs": [{"cells": p.num_cells, "parts": p.attention_parts} for p in programs],
         "clusters": sorted(kernels.sources),
+        "unmeasured": _unmeasured(compiled.measured),
         "functions": {
             name: _reference(item)
             for name, item in functions.items()
@@ -122,6 +131,15 @@ def _files(compiled: CompiledGraph) -> dict[str, str]:
         **{f"program_{at}.py": program.source for at, program in enumerate(programs)},
         **{f"{name}.py": source for name, source in kernels.sources.items()},
     }
+
+
+def _unmeasured(shapes: Iterable[GemmShape]) -> list[list[Any]]:
+    """Those that are packed because the machine was too busy to measure."""
+    return [
+        [shape.depth, shape.columns, dtype_name(shape.dtype)]
+        for shape in shapes
+        if not time_packed(shape).is_steady
+    ]
 
 
 def _codegen(executable: Executable) -> CodegenExecutable:
@@ -144,10 +162,12 @@ def load_step(folder: Path) -> CompiledGraph | None:
         return None
     try:
         return _load(folder)
+    except _Outdated as reason:
+        _LOG.info("%s is compiled anew: %s", folder, reason)
     except Exception as error:
         _LOG.warning("%s does not load and is compiled anew: %s", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def _load(folder: Path) -> CompiledGraph:
@@ -155,6 +175,7 @@ def _load(folder: Path) -> CompiledGraph:
         return (folder / name).read_text(encoding="utf-8")
 
     step = json.loads(text("step.json"))
+    _measure_again(folder, step)
     sources = {name: text(f"{name}.py") for name in step["clusters"]}
     kernels = Kernels({name: load_kernel(source) for name, source in sources.items()}, sources)
     names = kernels.compiled | {n: _find(path) for n, path in step["functions"].items()}
@@ -181,6 +202,22 @@ def _load(folder: Path) -> CompiledGraph:
         kernels=kernels,
         decision=step["decision"],
     )
+
+
+def _measure_again(folder: Path, step: dict[str, Any]) -> None:
+    """What was packed unmeasured is measured now, unless the machine is busy once more."""
+    given = step["unmeasured"]
+    shapes = [GemmShape(depth, columns, getattr(torch, name)) for depth, columns, name in given]
+    for shape in shapes:
+        if not time_packed(shape).is_worth_it:
+            raise _Outdated(f"ATen is faster on weights of {shape.depth} x {shape.columns}")
+    step["unmeasured"] = _unmeasured(shapes)
+    if step["unmeasured"] == given:
+        return
+    partial = folder / f"step.{os.getpid()}"
+    with suppress(OSError):  # a cache that others share may be read only
+        partial.write_text(json.dumps(step, indent=1), encoding="utf-8")
+        partial.replace(folder / "step.json")
 
 
 def _find(reference: str) -> Any:

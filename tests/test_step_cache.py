@@ -1,11 +1,15 @@
 """Compiled steps on disk: found again when nothing changed, and only then."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 from nanoflow_compiler import packed as packed_module
+from nanoflow_compiler import step_cache
+from nanoflow_compiler.backends import gemms
+from nanoflow_compiler.backends.gemm_timing import GemmTiming
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -100,6 +104,41 @@ def test_a_damaged_step_is_compiled_anew(checkpoint, cache, caplog, damage):
         assert tokens(checkpoint, options=EAGER_CLUSTERS) == expected
     assert "compiled anew" in caplog.text
     assert (folder / damage).read_text() != "]["
+
+
+def test_what_was_packed_on_a_busy_machine_is_measured_later(checkpoint, cache, monkeypatch):
+    def measure(share, *, is_steady):
+        timing = GemmTiming(share, is_steady)
+        for module in (gemms, step_cache):
+            monkeypatch.setattr(module, "time_packed", lambda _: timing)
+
+    def is_packed():
+        expected = tokens(checkpoint, enforce_eager=True)
+        assert tokens(checkpoint, options=EAGER_CLUSTERS) == expected
+        (folder,) = cache.iterdir()
+        return "packed_mm" in (folder / "program_0.py").read_text()
+
+    monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
+    measure(1.5, is_steady=False)
+    assert is_packed()
+    assert is_packed()
+    measure(1.5, is_steady=True)
+    assert not is_packed()
+    measure(0.5, is_steady=True)
+    assert not is_packed()  # what was measured stays
+
+
+def test_a_choice_that_proved_right_is_kept(checkpoint, cache, monkeypatch):
+    monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
+    for is_steady in (False, True):
+        for module in (gemms, step_cache):
+            monkeypatch.setattr(
+                module, "time_packed", lambda _, is_steady=is_steady: GemmTiming(0.5, is_steady)
+            )
+        tokens(checkpoint, options=EAGER_CLUSTERS)
+        (folder,) = cache.iterdir()
+        assert bool(json.loads((folder / "step.json").read_text())["unmeasured"]) is not is_steady
+        forbid_tracing(monkeypatch)
 
 
 @pytest.mark.parametrize("option", [{"cache": False}, {"backend": "reference"}])

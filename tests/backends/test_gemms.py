@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from nanoflow_compiler.backends import gemms
-from nanoflow_compiler.backends.gemms import can_pack, choose_packed, pack, packed_addmm, packed_mm
+from nanoflow_compiler.backends import gemm_timing, gemms
+from nanoflow_compiler.backends.gemm_timing import GemmShape, GemmTiming, time_packed
+from nanoflow_compiler.backends.gemms import choose_packed
+from nanoflow_compiler.backends.packing import can_pack, pack, packed_addmm, packed_mm
 from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
@@ -52,7 +54,7 @@ def packed_names(function, *, mode="packed", **inputs):
     ops = traced.analyse()
     bound = bound_nodes(traced.module, traced.weights)
     fixed = traced.weights | {node.name for node in bound}
-    names = choose_packed(Unit.of(ops, traced.module), fixed=fixed, mode=mode)
+    names = choose_packed(Unit.of(ops, traced.module), fixed=fixed, mode=mode).packed
     nodes = {node.name: node for node in traced.module.graph.nodes}
     return {(nodes[name].all_input_nodes or [nodes[name]])[0].name for name in names}
 
@@ -72,9 +74,19 @@ def test_a_weight_that_is_also_a_left_operand():
     assert packed_names(lambda x, a: (x @ a, a @ a), x=randn(4, 8), a=square) == set()
 
 
+def test_a_tied_head_is_packed_beside_the_embedding():
+    def function(x, table):
+        return torch.nn.functional.embedding(x.argmax(-1), table) @ table.t()
+
+    assert packed_names(function, x=randn(4, 8), table=randn(24, 8)) == {"table"}
+
+
 def test_auto_takes_what_measured_faster(monkeypatch):
+    def timed(shape):
+        return GemmTiming(share=0.5 if shape.columns == 24 else 1.5, is_steady=True)
+
     monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
-    monkeypatch.setattr(gemms, "_is_faster", lambda _, columns, *__: columns == 24)
+    monkeypatch.setattr(gemms, "time_packed", timed)
     given = {
         "x": randn(4, 8),
         "wide": randn(24, 8),
@@ -89,22 +101,41 @@ def test_auto_takes_what_measured_faster(monkeypatch):
     assert packed_names(function, mode="auto", **given) == set()
 
 
-def test_the_measurement_ends_with_an_answer(monkeypatch):
-    monkeypatch.setattr(gemms, "_COLD_BYTES", 1 << 16)
-    assert gemms._is_faster(64, 32, torch.float32) in (True, False)
-
-
-def test_measured_while_dynamo_compiles(monkeypatch, tmp_path):
+@pytest.fixture
+def quick_measurement(monkeypatch):
     monkeypatch.setattr(gemms, "_FEWEST_BYTES", 0)
-    monkeypatch.setattr(gemms, "_COLD_BYTES", 1 << 12)
-    monkeypatch.setattr(gemms, "_WORTH", float("inf"))
-    gemms._is_faster.cache_clear()
+    monkeypatch.setattr(gemm_timing, "_COLD_BYTES", 1 << 12)
+    monkeypatch.setattr(gemm_timing, "_SECONDS", 0)
+    time_packed.cache_clear()
+    yield
+    time_packed.cache_clear()
+
+
+@pytest.mark.usefixtures("quick_measurement")
+def test_the_measurement_ends_with_an_answer(monkeypatch):
+    monkeypatch.setattr(gemm_timing, "_FEWEST_CPU_SECONDS", 0)
+    timing = time_packed(GemmShape(64, 32, torch.float32))
+    assert timing.is_steady
+    assert timing.share > 0
+
+
+@pytest.mark.usefixtures("quick_measurement")
+def test_what_a_busy_machine_measures_does_not_count(monkeypatch):
+    monkeypatch.setattr(gemm_timing, "_FEWEST_CPU_SECONDS", float("inf"))
+    monkeypatch.setattr(gemm_timing, "_WORTH", 0)
+    timing = time_packed(GemmShape(64, 32, torch.float32))
+    assert not timing.is_steady
+    assert timing.is_worth_it
+
+
+@pytest.mark.usefixtures("quick_measurement")
+def test_measured_while_dynamo_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(gemm_timing, "_WORTH", float("inf"))
     linear, x = torch.nn.Linear(24, 8), randn(4, 24)
     options = {"dump": tmp_path}
     compiled = torch.compile(linear, backend="nanoflow", options=options, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), linear(x))
-    gemms._is_faster.cache_clear()
     (source,) = tmp_path.glob("*/program_0.py")
     assert "fn_packed_addmm" in source.read_text()
 
