@@ -1,8 +1,7 @@
 """How plain PyTorch serves the packed rows of a part: groups that one dense attention call can compute.
 
 Decodes of similar length go together, their blocks gathered and padded; each longer request goes alone,
-in tiles whose keys are trimmed to what window and chunk leave visible. A plan depends on the part, the
-window and the chunk size only, so the layers that share those share its index tensors and masks.
+in tiles whose keys are trimmed to what window and chunk leave visible.
 """
 
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 from nanoflow_compiler.attention_state import AttentionPart
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
-__all__ = ["Bools", "Group", "Ints", "Visibility", "plan_of"]
+__all__ = ["Bools", "Group", "Ints", "Requests", "Visibility", "plan_decodes", "plan_tiles"]
 
 # Bounds the mask of a tile, which has a row per query and a column per visible key.
 TILE_ROWS = 512
@@ -60,92 +59,107 @@ class Group:
     is_causal: bool = False
 
 
-def plan_of(part: AttentionPart, *, visibility: Visibility) -> tuple[Group, ...]:
-    """The groups of ``part``; made when first asked for."""
-    key = (visibility.window, visibility.chunk)
-    if key not in part.plans:
-        part.plans[key] = tuple(_Planner(part, visibility=visibility).groups())
-    plan: tuple[Group, ...] = part.plans[key]
-    return plan
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """The metadata of a part on the host, as its planners read it."""
 
+    starts: Ints  # [R + 1]
+    contexts: Ints  # [R]
+    tables: Ints  # [R, most blocks]
+    device: torch.device
 
-class _Planner:
-    def __init__(self, part: AttentionPart, *, visibility: Visibility) -> None:
-        self.starts, self.contexts, self.tables = (
+    @classmethod
+    def of(cls, part: AttentionPart) -> "Requests":
+        """A copy, from whatever device the part is on."""
+        starts, contexts, tables = (
             tensor.cpu().numpy().astype(np.int64)
             for tensor in (part.query_starts, part.context_lens, part.block_tables)
         )
-        self.visibility = visibility
-        self.device = part.slots.device
+        return cls(starts, contexts, tables, part.slots.device)
 
-    def groups(self) -> Iterator[Group]:
-        lengths = np.diff(self.starts)
-        decodes = np.flatnonzero(lengths == 1)
-        positions = self.contexts[decodes]
-        num_blocks = (
-            positions // BLOCK_SIZE - self.visibility.first_key(positions) // BLOCK_SIZE + 1
-        )
-        # Equal exponents: no request is padded to twice its blocks or more.
-        exponents = np.frexp(num_blocks)[1]
-        for exponent in np.unique(exponents):
-            yield self._decodes(decodes[exponents == exponent])
-        for request in np.flatnonzero(lengths > 1).tolist():
-            yield from self._tiles(request, length=int(lengths[request]))
+    @property
+    def decodes(self) -> Ints:
+        """Requests with a single row."""
+        return np.flatnonzero(np.diff(self.starts) == 1)
 
-    def _decodes(self, requests: Ints) -> Group:
-        positions = self.contexts[requests]
-        first_keys = self.visibility.first_key(positions)
-        first_blocks = first_keys // BLOCK_SIZE
-        num_blocks = int((positions // BLOCK_SIZE - first_blocks).max()) + 1
-        columns = first_blocks[:, None] + np.arange(num_blocks)
-        blocks = self.tables[requests[:, None], np.minimum(columns, self.tables.shape[1] - 1)]
-        # Columns left and right of what every request sees are dropped, the rest is masked.
-        origins = first_blocks * BLOCK_SIZE
-        keys = slice(int((first_keys - origins).min()), int((positions - origins).max()) + 1)
-        key_positions = origins[:, None] + np.arange(keys.start, keys.stop)
-        visible = self.visibility.mask(positions, keys=key_positions)
-        return Group(
-            rows=self._index(self.starts[requests]),
-            is_decode=True,
-            num_requests=len(requests),
-            blocks=self._index(blocks.ravel()),
-            keys=keys,
-            mask=None if visible.all() else self._tensor(visible)[:, None, None],
-        )
+    def blocks_of(self, requests: Ints, *, columns: Ints) -> Ints:
+        """Block numbers ``[R, columns]``; past the end of the tables, any."""
+        blocks: Ints = self.tables[requests[:, None], np.minimum(columns, self.tables.shape[1] - 1)]
+        return blocks
 
-    def _tiles(self, request: int, *, length: int) -> Iterator[Group]:
-        context = int(self.contexts[request])
-        last_first_key = self.visibility.first_key(np.array([context + length - 1]))[0]
-        if last_first_key == 0 == context:
-            yield self._tile(request, start=0, stop=length)
-            return
-        for start in range(0, length, TILE_ROWS):
-            yield self._tile(request, start=start, stop=min(start + TILE_ROWS, length))
+    def tensor(self, values: Ints | Bools) -> Tensor:
+        """On the device of the part."""
+        return torch.from_numpy(values).to(self.device)
 
-    def _tile(self, request: int, *, start: int, stop: int) -> Group:
-        positions = self.contexts[request] + np.arange(start, stop)
-        first_keys = self.visibility.first_key(positions)
-        first_block = first_keys[0] // BLOCK_SIZE
-        origin = first_block * BLOCK_SIZE
-        key_positions = np.arange(first_keys[0], positions[-1] + 1)
-        is_causal = first_keys[0] == first_keys[-1] == positions[0]
-        visible = self.visibility.mask(positions, keys=key_positions)
-        row = int(self.starts[request])
-        return Group(
-            rows=slice(row + start, row + stop),
-            is_decode=False,
-            num_requests=1,
-            blocks=self._index(self.tables[request, first_block : positions[-1] // BLOCK_SIZE + 1]),
-            keys=slice(int(key_positions[0] - origin), int(key_positions[-1] - origin) + 1),
-            mask=None if is_causal else self._tensor(visible)[None, None],
-            is_causal=bool(is_causal),
-        )
-
-    def _index(self, values: Ints) -> slice | Tensor:
+    def index(self, values: Ints) -> slice | Tensor:
         """Consecutive numbers as a slice: a view instead of a gather, the common case of one request."""
         if (np.diff(values) == 1).all():
             return slice(int(values[0]), int(values[-1]) + 1)
-        return self._tensor(values)
+        return self.tensor(values)
 
-    def _tensor(self, values: Ints | Bools) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+
+def plan_decodes(requests: Requests, *, visibility: Visibility) -> Iterator[Group]:
+    """Groups of equal exponents of blocks: no request is padded to twice its blocks or more."""
+    decodes = requests.decodes
+    positions = requests.contexts[decodes]
+    num_blocks = positions // BLOCK_SIZE - visibility.first_key(positions) // BLOCK_SIZE + 1
+    exponents = np.frexp(num_blocks)[1]
+    for exponent in np.unique(exponents):
+        yield _decodes(requests, decodes[exponents == exponent], visibility=visibility)
+
+
+def _decodes(requests: Requests, chosen: Ints, *, visibility: Visibility) -> Group:
+    positions = requests.contexts[chosen]
+    first_keys = visibility.first_key(positions)
+    first_blocks = first_keys // BLOCK_SIZE
+    num_blocks = int((positions // BLOCK_SIZE - first_blocks).max()) + 1
+    blocks = requests.blocks_of(chosen, columns=first_blocks[:, None] + np.arange(num_blocks))
+    # Columns left and right of what every request sees are dropped, the rest is masked.
+    origins = first_blocks * BLOCK_SIZE
+    keys = slice(int((first_keys - origins).min()), int((positions - origins).max()) + 1)
+    key_positions = origins[:, None] + np.arange(keys.start, keys.stop)
+    visible = visibility.mask(positions, keys=key_positions)
+    return Group(
+        rows=requests.index(requests.starts[chosen]),
+        is_decode=True,
+        num_requests=len(chosen),
+        blocks=requests.index(blocks.ravel()),
+        keys=keys,
+        mask=None if visible.all() else requests.tensor(visible)[:, None, None],
+    )
+
+
+def plan_tiles(requests: Requests, *, visibility: Visibility) -> Iterator[Group]:
+    """Tiles of the requests with several rows."""
+    lengths = np.diff(requests.starts)
+    for request in np.flatnonzero(lengths > 1).tolist():
+        length = int(lengths[request])
+        last = requests.contexts[request] + length - 1
+        alone = requests.contexts[request] == 0 == visibility.first_key(np.array([last]))[0]
+        rows = length if alone else TILE_ROWS
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            yield _tile(requests, request, start=start, stop=stop, visibility=visibility)
+
+
+def _tile(
+    requests: Requests, request: int, *, start: int, stop: int, visibility: Visibility
+) -> Group:
+    positions = requests.contexts[request] + np.arange(start, stop)
+    first_keys = visibility.first_key(positions)
+    first_block = first_keys[0] // BLOCK_SIZE
+    origin = first_block * BLOCK_SIZE
+    key_positions = np.arange(first_keys[0], positions[-1] + 1)
+    is_causal = first_keys[0] == first_keys[-1] == positions[0]
+    visible = visibility.mask(positions, keys=key_positions)
+    row = int(requests.starts[request])
+    blocks = requests.tables[request, first_block : positions[-1] // BLOCK_SIZE + 1]
+    return Group(
+        rows=slice(row + start, row + stop),
+        is_decode=False,
+        num_requests=1,
+        blocks=requests.index(blocks),
+        keys=slice(int(key_positions[0] - origin), int(key_positions[-1] - origin) + 1),
+        mask=None if is_causal else requests.tensor(visible)[None, None],
+        is_causal=bool(is_causal),
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_compiler.errors import InvalidProgramError
-from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, Places
 
 __all__ = ["AttentionPart", "AttentionState", "StepLayout", "attention_state", "current_state"]
 
@@ -36,12 +36,20 @@ class AttentionPart:
     context_lens: Tensor  # [R] int32
     block_tables: Tensor  # [R, most blocks] int32
     slots: Tensor  # [T] int64, where each token's key and value go
-    plans: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False, compare=False)
-    """What a kernel derives from the metadata, by (window, chunk): made by the first layer, read by all."""
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a kernel derives from the metadata: made by the first layer that needs it, read by all."""
 
     @property
     def num_tokens(self) -> int:
         return self.slots.shape[0]
+
+    @property
+    def places(self) -> Places:
+        """The slots as block and offset."""
+        if "places" not in self.plans:
+            self.plans["places"] = (self.slots // BLOCK_SIZE, self.slots % BLOCK_SIZE)
+        places: Places = self.plans["places"]
+        return places
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "SCRATCH_BLOCK", "KVCache", "LayerShape"]
+__all__ = ["BLOCK_SIZE", "SCRATCH_BLOCK", "KVCache", "LayerShape", "Places", "RowTables"]
 
 BLOCK_SIZE = 64
 SCRATCH_BLOCK = 0
+
+
+Places = tuple[Tensor, Tensor]
+"""Where tokens are stored: block, and offset in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +37,33 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTables:
+    """The pools of a layer as tables of rows, for ``decode_attention``."""
+
+    keys: Tensor
+    """``[blocks * heads * head_dim, 64]``: one dimension of the keys of a block."""
+    values: Tensor
+    """``[blocks * 64 * heads, v_head_dim]``: the value of a token."""
+
+
+@dataclass(frozen=True, slots=True)
 class KVCache:
     """Keys ``[blocks, 64, heads, head_dim]`` and values ``[blocks, 64, heads, v_head_dim]`` by layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    tables: tuple[RowTables | None, ...]
+    """On a CPU, of layers in float32. A block stores their keys by dimension, ``[heads, head_dim, 64]``:
+    the shape of a pool is the same, its strides are not."""
 
     @classmethod
     def allocate(
         cls, layers: Sequence[LayerShape], *, num_blocks: int, device: torch.device | str = "cpu"
     ) -> "KVCache":
         """Zeroed, not empty: a masked key weighs zero, and zero times an uninitialised NaN is NaN."""
-
-        def pool(layer: LayerShape, dim: int) -> Tensor:
-            shape = (num_blocks, BLOCK_SIZE, layer.num_kv_heads, dim)
-            return _zeros(shape, dtype=layer.dtype, device=torch.device(device))
-
-        return cls(
-            keys=tuple(pool(layer, layer.head_dim) for layer in layers),
-            values=tuple(pool(layer, layer.v_head_dim) for layer in layers),
-        )
+        pools = [_pools(layer, num_blocks, device=torch.device(device)) for layer in layers]
+        keys, values, tables = zip(*pools, strict=True)
+        return cls(keys, values, tables)
 
     @property
     def num_blocks(self) -> int:
@@ -66,10 +77,24 @@ class KVCache:
     def device(self) -> torch.device:
         return self.keys[0].device
 
-    def append(self, key: Tensor, value: Tensor, *, layer: int, slots: Tensor) -> None:
-        """Write one token per slot; a slot is ``block * 64 + offset``."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+    def append(self, key: Tensor, value: Tensor, *, layer: int, places: Places) -> None:
+        """Write one token per place."""
+        self.keys[layer].index_put_(places, key)
+        self.values[layer].index_put_(places, value)
+
+
+def _pools(
+    layer: LayerShape, num_blocks: int, *, device: torch.device
+) -> tuple[Tensor, Tensor, RowTables | None]:
+    def pool(*shape: int) -> Tensor:
+        return _zeros((num_blocks, *shape), dtype=layer.dtype, device=device)
+
+    values = pool(BLOCK_SIZE, layer.num_kv_heads, layer.v_head_dim)
+    if device.type != "cpu" or layer.dtype is not torch.float32:
+        return pool(BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), values, None
+    keys = pool(layer.num_kv_heads, layer.head_dim, BLOCK_SIZE)
+    tables = RowTables(keys.view(-1, BLOCK_SIZE), values.view(-1, layer.v_head_dim))
+    return keys.permute(0, 3, 1, 2), values, tables
 
 
 _ALIGNMENT = 64

@@ -17,7 +17,8 @@ from nanoflow_compiler.attention_plan import Visibility
 from nanoflow_compiler.attention_state import current_state
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.experts import ExpertWeights, run_experts
-from nanoflow_compiler.paged_attention import Scoring, attend
+from nanoflow_compiler.paged_attention import attend
+from nanoflow_compiler.scoring import Scoring
 
 __all__ = ["attention", "kv_append", "moe_experts", "paged_attention"]
 
@@ -41,7 +42,7 @@ def _define(schema: str, *, cpu: Kernel, fake: Kernel) -> Kernel:
 
 def _kv_append(key: Tensor, value: Tensor, layer: int, part: int) -> Tensor:
     state = current_state()
-    state.cache.append(key, value, layer=layer, slots=state.parts[part].slots)
+    state.cache.append(key, value, layer=layer, places=state.parts[part].places)
     return key.new_empty(0)
 
 
@@ -71,8 +72,8 @@ def _paged_attention(
     state = current_state()
     return attend(
         query,
-        keys=state.cache.keys[layer],
-        values=state.cache.values[layer],
+        cache=state.cache,
+        layer=layer,
         part=state.parts[part],
         visibility=Visibility(window, chunk),
         scoring=Scoring(scale, softcap, sinks),

@@ -1,47 +1,69 @@
 """Paged attention in plain PyTorch: the CPU kernel, and what other kernels are checked against."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nanoflow_compiler.attention_plan import Group, Visibility, plan_of
+from nanoflow_compiler.attention_plan import (
+    Group,
+    Requests,
+    Visibility,
+    plan_decodes,
+    plan_tiles,
+)
 from nanoflow_compiler.attention_state import AttentionPart
+from nanoflow_compiler.decode_attention import Decodes, Heads, attend_decodes, plan_sums
+from nanoflow_compiler.kv_cache import KVCache
+from nanoflow_compiler.scoring import Scoring
 
-__all__ = ["Scoring", "attend"]
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How scores become weights: ``softmax(softcap * tanh(scale * q.k / softcap))``, sinks beside them."""
-
-    scale: float
-    softcap: float = 0.0  # 0: none
-    sinks: Tensor | None = None  # one logit per head, which takes weight and has no value
+__all__ = ["attend", "plan_of"]
 
 
 def attend(
     query: Tensor,
     *,
-    keys: Tensor,
-    values: Tensor,
+    cache: KVCache,
+    layer: int,
     part: AttentionPart,
     visibility: Visibility,
     scoring: Scoring,
 ) -> Tensor:
     """Causal attention of packed queries ``[T, heads, dim]`` over the blocks of one layer's cache."""
-    plan = plan_of(part, visibility=visibility)
-    shape = (*query.shape[:2], values.shape[-1])
+    keys, values, tables = cache.keys[layer], cache.values[layer], cache.tables[layer]
+    heads = Heads(query.shape[1], *keys.shape[2:]) if tables else None
+    plan = plan_of(part, visibility=visibility, heads=heads)
+
+    def attended(query: Tensor, rows: Decodes | Group) -> Tensor:
+        if isinstance(rows, Decodes):
+            assert tables
+            return attend_decodes(query, tables=tables, decodes=rows, scoring=scoring)
+        result = _attend_group(query, keys=keys, values=values, group=rows, scoring=scoring)
+        return result.view(*query.shape[:2], values.shape[-1])
+
     if len(plan) == 1:
-        out = _attend_group(query, keys=keys, values=values, group=plan[0], scoring=scoring)
-        return out.view(shape)
-    out = query.new_empty(shape)
-    for group in plan:
-        rows = query[group.rows]
-        result = _attend_group(rows, keys=keys, values=values, group=group, scoring=scoring)
-        out[group.rows] = result.view(-1, *shape[1:])
+        return attended(query, plan[0])
+    out = query.new_empty(*query.shape[:2], values.shape[-1])
+    for rows in plan:
+        out[rows.rows] = attended(query[rows.rows], rows)
     return out
+
+
+def plan_of(
+    part: AttentionPart, *, visibility: Visibility, heads: Heads | None
+) -> tuple[Decodes | Group, ...]:
+    """Who serves which rows of ``part``; made when first asked for.
+
+    A plan depends on the part, on what is visible and, where decodes are sums of rows, on ``heads``:
+    the layers that share those share its index tensors and masks.
+    """
+    key = (visibility, heads)
+    if key not in part.plans:
+        requests = Requests.of(part)
+        sums = plan_sums(requests, visibility=visibility, heads=heads) if heads else None
+        decodes = [sums] if sums else plan_decodes(requests, visibility=visibility)
+        part.plans[key] = (*decodes, *plan_tiles(requests, visibility=visibility))
+    plan: tuple[Decodes | Group, ...] = part.plans[key]
+    return plan
 
 
 def _attend_group(
@@ -50,12 +72,12 @@ def _attend_group(
     query = _query_heads(query, num_kv_heads=keys.shape[2], group=group)
     key = _gather(keys, group=group, like=query)
     value = _gather(values, group=group, like=query)
-    if scoring.softcap or scoring.sinks is not None:
-        result = _explicit(query, key, value, group=group, scoring=scoring)
-    else:
+    if scoring.is_plain:
         result = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=group.mask, is_causal=group.is_causal, scale=scoring.scale
         )
+    else:
+        result = _explicit(query, key, value, group=group, scoring=scoring)
     return (result if group.is_decode else result.permute(2, 0, 1, 3)).contiguous()
 
 
@@ -71,7 +93,8 @@ def _query_heads(query: Tensor, *, num_kv_heads: int, group: Group) -> Tensor:
 
 def _gather(pool: Tensor, *, group: Group, like: Tensor) -> Tensor:
     if isinstance(group.blocks, slice):
-        gathered = pool[group.blocks]
+        # Fused attention wants a token's dimensions side by side.
+        gathered = pool[group.blocks] if pool.stride(-1) == 1 else pool[group.blocks].contiguous()
     else:
         gathered = pool.index_select(0, group.blocks)
     tokens = gathered.view(group.num_requests, -1, *pool.shape[2:])[:, group.keys].transpose(1, 2)
@@ -82,17 +105,11 @@ def _explicit(
     query: Tensor, key: Tensor, value: Tensor, *, group: Group, scoring: Scoring
 ) -> Tensor:
     """Attention with its scores in sight, for what SDPA has no argument: softcap and sinks."""
-    scores = (query @ key.transpose(-1, -2)).float() * scoring.scale
-    if scoring.softcap:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scoring.cap((query @ key.transpose(-1, -2)).float() * scoring.scale)
     mask = group.mask
     if group.is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    if scoring.sinks is None:
-        return scores.softmax(-1).to(value.dtype) @ value
     heads = query.shape[1:3] if group.is_decode else (*query.shape[:2], 1)
-    logits = scoring.sinks.float().view(*heads, 1)
-    scores = torch.cat([scores, logits.expand(*scores.shape[:-1], 1)], dim=-1)
-    return scores.softmax(-1)[..., :-1].to(value.dtype) @ value
+    return scoring.weigh(scores, heads=heads).to(value.dtype) @ value

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_compiler import attention_plan, ops
+from nanoflow_compiler.attention_plan import Visibility
 from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
+from nanoflow_compiler.decode_attention import Heads
 from nanoflow_compiler.errors import InvalidProgramError, UnsupportedGraphError
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
+from nanoflow_compiler.paged_attention import plan_of
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,9 @@ class Step:
 
     def _fill_contexts(self):
         for row, (context, _) in enumerate(self.case.requests):
-            layout = self._layout([context], [0], self.tables[row : row + 1])
-            slots = torch.from_numpy(layout.slots)
-            self.cache.append(
-                self.keys[row][:context], self.values[row][:context], layer=0, slots=slots
-            )
+            part = self._layout([context], [0], self.tables[row : row + 1]).part(0, context)
+            key, value = self.keys[row][:context], self.values[row][:context]
+            self.cache.append(key, value, layer=0, places=part.places)
 
     def _layout(self, query_lens, context_lens, tables):
         return StepLayout.pack(
@@ -187,9 +188,10 @@ def test_a_plan_is_made_once_for_all_layers():
     step = Step(Case(requests=[(9, 3), (4, 1)]))
     layout = step._layout([3, 1], [9, 4], step.tables)
     part = layout.part(0, 4)
-    plan = attention_plan.plan_of(part, visibility=attention_plan.Visibility())
-    assert attention_plan.plan_of(part, visibility=attention_plan.Visibility()) is plan
-    assert set(part.plans) == {(0, 0)}
+    for heads in (None, Heads(4, 2, 8)):
+        plan = plan_of(part, visibility=Visibility(), heads=heads)
+        assert plan_of(part, visibility=Visibility(), heads=heads) is plan
+    assert len(part.plans) == 2
 
 
 def test_a_part_keeps_only_its_requests():
