@@ -139,35 +139,47 @@ def start_static(options: argparse.Namespace) -> Run:
 
 
 def start_generate_batch(options: argparse.Namespace) -> Run:
-    """The continuous batching of transformers."""
+    """The continuous batching of transformers, as many requests at a time and tokens in a step."""
+    import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    # Its steps run in a thread of their own. Had this thread computed anything on several cores, there
+    # would be two teams of OpenMP threads, and as soon as they outnumber the cores both are slow.
+    torch.set_num_threads(1)
     model = load(options).model
     model.set_attn_implementation("paged|sdpa")
+    torch.set_num_threads(options.threads)
+    most = sum(most for _, most in LENGTHS["mixed"])
+    block_size = 64
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=options.max_concurrency,
+        max_batch_tokens=512,
+        block_size=block_size,
+        num_blocks=options.max_concurrency * -(-most // block_size),
+    )
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def run(requests: Sequence[Request]) -> int:
-        most = max(new for _, new in requests)
-        manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(
-                max_new_tokens=most, do_sample=False, eos_token_id=-1, pad_token_id=0
-            ),
-            continuous_batching_config=ContinuousBatchingConfig(),
-        )
+        manager = model.init_continuous_batching(generation, config)
         manager.start()
         try:
             for prompt, new in requests:
-                manager.add_request(prompt, max_new_tokens=new)
-            total = 0
-            for _ in requests:
-                while (result := manager.get_result(timeout=1)) is None:
-                    if not manager.is_running():
-                        raise RuntimeError("the manager stopped")
-                total += len(result.generated_tokens)
+                assert manager.add_request(prompt, max_new_tokens=new)
+            return sum(len(next_result(manager).generated_tokens) for _ in requests)
         finally:
             manager.stop(block=True)
-        return total
 
     return run
+
+
+def next_result(manager: Any) -> Any:
+    """What the manager finished next."""
+    while (result := manager.get_result(timeout=1)) is None:
+        if not manager.is_running():
+            raise RuntimeError("the manager stopped")
+    if result.error:
+        raise RuntimeError(result.error)
+    return result
 
 
 def start_nanoflow(options: argparse.Namespace) -> Run:
