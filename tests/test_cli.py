@@ -190,7 +190,9 @@ def test_real_model_in_a_process(smollm2):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "The capital of France is Paris.\n"
-    assert len(result.stderr.splitlines()) == 1
+    # torch says so itself where CUDA is installed and its GPUs are hidden.
+    lines = [line for line in result.stderr.splitlines() if "No CUDA runtime" not in line]
+    assert len(lines) == 1
 
 
 def test_real_model_report_in_a_process(smollm2):

@@ -103,11 +103,13 @@ def test_leaving_early_aborts():
 
 def test_a_cancelled_caller_aborts():
     async def scenario(engine):
+        held = hold(engine)
         task = asyncio.ensure_future(last(engine, [5, 6], LONG, request_id="a"))
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        held.set()
         await settled(engine)
 
     run(scenario)
