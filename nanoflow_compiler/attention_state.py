@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoflow_compiler.errors import InvalidProgramError
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, Places
+from nanoflow_compiler.upload import upload
 
 __all__ = ["AttentionPart", "AttentionState", "StepLayout", "attention_state", "current_state"]
 
@@ -89,15 +90,14 @@ class StepLayout:
         context_lens = self.context_lens[first:last].copy()
         context_lens[:1] += start - self.query_starts[first]
 
-        def tensor(values: npt.NDArray[np.integer], dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(values).to(device, dtype)
-
-        return AttentionPart(
-            query_starts=tensor(query_starts, torch.int32),
-            context_lens=tensor(context_lens, torch.int32),
-            block_tables=tensor(self.block_tables[first:last], torch.int32),
-            slots=tensor(self.slots[start:end], torch.int64),
+        arrays = (
+            query_starts.astype(np.int32),
+            context_lens.astype(np.int32),
+            self.block_tables[first:last].astype(np.int32, copy=False),
+            self.slots[start:end],
         )
+        starts, contexts, tables, slots = upload(arrays, device=torch.device(device))
+        return AttentionPart(starts, contexts, tables, slots)
 
 
 _STATE: ContextVar[AttentionState | None] = ContextVar("nanoflow_attention_state", default=None)

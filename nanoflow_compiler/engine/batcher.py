@@ -116,15 +116,16 @@ class Batcher:
             parts += self._admit(budget - sum(int(part.counts.sum()) for part in parts))
         return Entries.join(parts)
 
-    def release(self, slot: int) -> None:
-        """Forget a request that has a slot, wherever it is, and take its blocks back."""
-        if slot in self.queued:
-            self.queued.remove(slot)
-        else:
-            self.name_blocks(np.array([slot]))
-            self.running = self.running[self.running != slot]
-        self.allocator.release(self.table.take_blocks(slot))
-        self.table.remove(slot)
+    def release(self, slots: Ints) -> None:
+        """Forget requests that have slots, wherever they are, and take their blocks back."""
+        is_gone = np.zeros(self.table.num_slots, dtype=np.bool_)
+        is_gone[slots] = True
+        self.name_blocks(slots)
+        self.running = self.running[~is_gone[self.running]]
+        self.queued = deque(slot for slot in self.queued if not is_gone[slot])
+        for slot in slots.tolist():
+            self.allocator.release(self.table.take_blocks(slot))
+            self.table.remove(slot)
 
     def reset(self) -> None:
         """Drop all requests, and all that is cached: a step failed, and what it stored is not known."""
@@ -139,15 +140,14 @@ class Batcher:
     def name_blocks(self, slots: Ints) -> None:
         """Let others find the blocks that are full of computed tokens with known values."""
         table, size = self.table, self.allocator.block_size
-        full = np.minimum(table.num_computed[slots], table.num_known[slots]) // size
-        for slot, end in zip(slots.tolist(), full.tolist(), strict=True):
-            start = int(table.num_named[slot])
-            if start == end:
-                continue
-            names = self._names(slot)
-            for at in range(start, end):
-                self.allocator.name(int(table.block_tables[slot, at]), names[at])
-            table.num_named[slot] = end
+        starts = table.num_named[slots]
+        ends = np.minimum(table.num_computed[slots], table.num_known[slots]) // size
+        changed = np.stack([slots, starts, ends], axis=1)[starts < ends]
+        for slot, start, end in changed.tolist():
+            blocks = table.block_tables[slot, start:end].tolist()
+            for block, name in zip(blocks, self._names(slot)[start:end], strict=True):
+                self.allocator.name(block, name)
+        table.num_named[slots] = ends
 
     def _pending(self, slots: Ints) -> Ints:
         pending: Ints = self.table.num_scheduled[slots] - self.table.num_computed[slots]
@@ -269,16 +269,18 @@ class Batcher:
     def _names(self, slot: int) -> list[bytes]:
         """Names of all full blocks of known tokens."""
         table = self.table
-        names = table.block_names[slot]
-        # Without a prefix cache only the completions of one prompt share blocks.
-        salt = (
-            b"" if self.allocator.keep_unused else table.request(slot).group.to_bytes(8, "little")
-        )
-        known = table.token_ids[slot, : table.num_known[slot]]
-        names += block_hashes(
-            known, block_size=self.allocator.block_size, salt=salt, before=names.copy()
-        )
+        size, names = self.allocator.block_size, table.block_names[slot]
+        tokens = table.token_ids[slot, len(names) * size : table.num_known[slot]]
+        if len(tokens) >= size:
+            before = names[-1] if names else self._salt(slot)
+            names += block_hashes(tokens, block_size=size, before=before)
         return names
+
+    def _salt(self, slot: int) -> bytes:
+        """Without a prefix cache only the completions of one prompt share blocks."""
+        if self.allocator.keep_unused:
+            return b""
+        return self.table.request(slot).group.to_bytes(8, "little")
 
     def _preempt_youngest(self) -> int:
         youngest = int(self.running[np.argmax(self.table.keys[self.running])])

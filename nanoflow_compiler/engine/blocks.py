@@ -14,19 +14,16 @@ __all__ = ["BlockAllocator", "block_hashes"]
 Ints = npt.NDArray[np.int32]
 
 
-def block_hashes(
-    token_ids: Ints, *, block_size: int, salt: bytes = b"", before: Sequence[bytes] = ()
-) -> Iterator[bytes]:
-    """Names of the full blocks of a request, beyond those that are known from ``before``.
+def block_hashes(token_ids: Ints, *, block_size: int, before: bytes = b"") -> Iterator[bytes]:
+    """Names of the full blocks of tokens that follow the block called ``before``, or a salt.
 
     A name stands for all tokens up to the end of its block. 16 bytes of blake2b: two of a billion
     blocks share a name with a probability of 10^-21.
     """
-    last = before[-1] if before else salt
-    for end in range((len(before) + 1) * block_size, len(token_ids) + 1, block_size):
+    for end in range(block_size, len(token_ids) + 1, block_size):
         tokens = token_ids[end - block_size : end]
-        last = hashlib.blake2b(last + tokens.tobytes(), digest_size=16).digest()
-        yield last
+        before = hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest()
+        yield before
 
 
 class BlockAllocator:
@@ -75,7 +72,7 @@ class BlockAllocator:
         """One more user of blocks that :meth:`find` named."""
         for block in blocks:
             self._cached.pop(block, None)
-            self._num_users[block] += 1
+        self._num_users[blocks] += 1
 
     def allocate(self, num_blocks: int) -> list[int]:
         """All of them or, with :class:`OutOfBlocksError`, none."""
@@ -113,10 +110,11 @@ class BlockAllocator:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One user less of each; the last block of a request is the first that the cache gives up."""
-        for block in reversed(blocks):
-            self._num_users[block] -= 1
-            assert self._num_users[block] >= 0, f"block {block} was released twice"
-            if self._num_users[block] == 0:
+        self._num_users[blocks] -= 1
+        left = self._num_users[blocks].tolist()
+        assert min(left, default=0) >= 0, f"one of the blocks {blocks} was released twice"
+        for block, num_users in zip(reversed(blocks), reversed(left), strict=True):
+            if num_users == 0:
                 self._return(block)
 
     def _return(self, block: int) -> None:

@@ -87,9 +87,7 @@ class EngineCore:
 
     def abort(self, keys: Sequence[int]) -> None:
         """Drop requests, wherever they are; what ended already is left alone."""
-        slots = np.flatnonzero(np.isin(self.table.keys, np.array(keys, dtype=np.int64)))
-        for slot in slots.tolist():
-            self._release(slot)
+        self._release(np.flatnonzero(np.isin(self.table.keys, np.array(keys, dtype=np.int64))))
         self.batcher.drop_waiting(set(keys))
         self.grammars.drop(keys)
 
@@ -228,8 +226,7 @@ class EngineCore:
             output.finish_reasons.setdefault(output.keys[at], reason)
         gone = slots[ended]
         self.batcher.lengths.add(table.num_known[gone] - table.num_prompt[gone])
-        for slot in gone.tolist():
-            self._release(slot)
+        self._release(gone)
 
     def _see_stop_ids(self, slots: Ints, is_end: Bools, output: StepOutput) -> None:
         for at in np.flatnonzero(self.table.has_stop_ids[slots]).tolist():
@@ -248,11 +245,13 @@ class EngineCore:
                 output.errors[key] = str(error)
                 output.finish_reasons[key] = "error"
 
-    def _release(self, slot: int) -> None:
-        key = [int(self.table.keys[slot])]
-        self.batcher.release(slot)
-        self.grammars.drop(key)
-        self._prompt_logprobs.drop(key)
+    def _release(self, slots: Ints) -> None:
+        if not len(slots):
+            return
+        keys = self.table.keys[slots].tolist()
+        self.batcher.release(slots)
+        self.grammars.drop(keys)
+        self._prompt_logprobs.drop(keys)
 
     def _reset(self) -> None:
         if self._under_way and self._under_way.mask:

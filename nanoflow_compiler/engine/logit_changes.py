@@ -6,7 +6,7 @@ from torch import Tensor
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
-from nanoflow_compiler.engine.upload import upload
+from nanoflow_compiler.upload import upload
 
 __all__ = ["change_logits"]
 

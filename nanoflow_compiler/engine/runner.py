@@ -15,8 +15,8 @@ from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampler import Sampled, sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
-from nanoflow_compiler.engine.upload import upload
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
+from nanoflow_compiler.upload import upload
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
 

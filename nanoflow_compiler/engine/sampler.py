@@ -19,7 +19,7 @@ from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_log
 from nanoflow_compiler.engine.noise import row_keys
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
-from nanoflow_compiler.engine.upload import upload
+from nanoflow_compiler.upload import upload
 
 __all__ = ["Sampled", "sample"]
 

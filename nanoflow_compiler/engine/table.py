@@ -76,6 +76,10 @@ class RequestTable:
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
+    def num_slots(self) -> int:
+        return len(self.keys)
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

@@ -117,8 +117,8 @@ def test_a_name_stands_for_all_tokens_before():
     names = list(block_hashes(tokens, block_size=4))
     assert len(set(names)) == 3
     assert list(block_hashes(tokens[:11], block_size=4)) == names[:2]
-    assert list(block_hashes(tokens, block_size=4, before=names[:1])) == names[1:]
+    assert list(block_hashes(tokens[4:], block_size=4, before=names[0])) == names[1:]
     other = tokens.copy()
     other[0] = 99
     assert not set(block_hashes(other, block_size=4)) & set(names)
-    assert not set(block_hashes(tokens, block_size=4, salt=b"group")) & set(names)
+    assert not set(block_hashes(tokens, block_size=4, before=b"group")) & set(names)
