@@ -161,9 +161,10 @@ class Batcher:
         table.num_computed[slots] += counts
         is_sampled = table.num_computed[slots] == table.num_scheduled[slots]
         table.num_scheduled[slots] += is_sampled
-        full = table.num_computed[slots] // self.allocator.block_size > table.num_named[slots]
-        if full.any():
-            self.name_blocks(slots[full])
+        # Blocks of an answer are named when it ends: before, nobody can ask for what follows them.
+        is_prompt = starts < table.num_prompt[slots]
+        if is_prompt.any():
+            self.name_blocks(slots[is_prompt])
         return Entries(slots, starts, counts, is_sampled)
 
     def _decodes(self) -> Ints:
@@ -285,6 +286,7 @@ class Batcher:
     def _preempt_youngest(self) -> int:
         youngest = int(self.running[np.argmax(self.table.keys[self.running])])
         self.running = self.running[self.running != youngest]
+        self.name_blocks(np.array([youngest]))
         self.allocator.release(self.table.take_blocks(youngest))
         self.queued.appendleft(youngest)
         self.num_preemptions += 1
