@@ -4,7 +4,7 @@ Decodes of similar length go together, their blocks gathered and padded; each lo
 in tiles whose keys are trimmed to what window and chunk leave visible.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoflow_compiler.attention_state import AttentionPart
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
+from nanoflow_compiler.upload import upload
 
 __all__ = ["Bools", "Group", "Ints", "Requests", "Visibility", "plan_decodes", "plan_tiles"]
 
@@ -70,11 +71,9 @@ class Requests:
 
     @classmethod
     def of(cls, part: AttentionPart) -> "Requests":
-        """A copy, from whatever device the part is on."""
-        starts, contexts, tables = (
-            tensor.cpu().numpy().astype(np.int64)
-            for tensor in (part.query_starts, part.context_lens, part.block_tables)
-        )
+        """Of any integers."""
+        arrays = (part.query_starts, part.context_lens, part.block_tables)
+        starts, contexts, tables = (array.astype(np.int64) for array in arrays)
         return cls(starts, contexts, tables, part.slots.device)
 
     @property
@@ -89,7 +88,11 @@ class Requests:
 
     def tensor(self, values: Ints | Bools) -> Tensor:
         """On the device of the part."""
-        return torch.from_numpy(values).to(self.device)
+        return self.tensors([values])[0]
+
+    def tensors(self, values: Sequence[npt.NDArray[np.generic]]) -> list[Tensor]:
+        """All of them in one copy."""
+        return upload(values, device=self.device)
 
     def index(self, values: Ints) -> slice | Tensor:
         """Consecutive numbers as a slice: a view instead of a gather, the common case of one request."""

@@ -30,13 +30,14 @@ class AttentionPart:
     """The requests of one token range; requests without a token in the range are absent.
 
     ``context_lens`` counts the tokens that a request has before its first token of this range, wherever
-    they were computed: an earlier step, or an earlier part of the same step.
+    they were computed: an earlier step, or an earlier part of the same step. All but ``slots`` stays on
+    the host, where kernels are planned.
     """
 
-    query_starts: Tensor  # [R + 1] int32, first row of each request, then the number of rows
-    context_lens: Tensor  # [R] int32
-    block_tables: Tensor  # [R, most blocks] int32
-    slots: Tensor  # [T] int64, where each token's key and value go
+    query_starts: Ints  # [R + 1], first row of each request, then the number of rows
+    context_lens: Ints  # [R]
+    block_tables: npt.NDArray[np.integer]  # [R, most blocks]
+    slots: Tensor  # [T] int64 on the device, where each token's key and value go
     plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What a kernel derives from the metadata: made by the first layer that needs it, read by all."""
 
@@ -90,14 +91,8 @@ class StepLayout:
         context_lens = self.context_lens[first:last].copy()
         context_lens[:1] += start - self.query_starts[first]
 
-        arrays = (
-            query_starts.astype(np.int32),
-            context_lens.astype(np.int32),
-            self.block_tables[first:last].astype(np.int32, copy=False),
-            self.slots[start:end],
-        )
-        starts, contexts, tables, slots = upload(arrays, device=torch.device(device))
-        return AttentionPart(starts, contexts, tables, slots)
+        (slots,) = upload([self.slots[start:end]], device=torch.device(device))
+        return AttentionPart(query_starts, context_lens, self.block_tables[first:last], slots)
 
 
 _STATE: ContextVar[AttentionState | None] = ContextVar("nanoflow_attention_state", default=None)

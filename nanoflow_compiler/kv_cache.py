@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "SCRATCH_BLOCK", "KVCache", "LayerShape", "Places", "RowTables"]
+__all__ = [
+    "BLOCK_SIZE",
+    "SCRATCH_BLOCK",
+    "HeadPages",
+    "KVCache",
+    "LayerShape",
+    "Places",
+    "RowTables",
+]
 
 BLOCK_SIZE = 64
 SCRATCH_BLOCK = 0
@@ -47,14 +55,25 @@ class RowTables:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPages:
+    """The pools of a layer as pages of heads, for ``kernels.paged_decode``: ``[blocks, heads, 64, dim]``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class KVCache:
     """Keys ``[blocks, 64, heads, head_dim]`` and values ``[blocks, 64, heads, v_head_dim]`` by layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    tables: tuple[RowTables | None, ...]
-    """On a CPU, of layers in float32. A block stores their keys by dimension, ``[heads, head_dim, 64]``:
-    the shape of a pool is the same, its strides are not."""
+    tables: tuple[RowTables | HeadPages | None, ...]
+    """The same memory as the kernel of decodes reads it, where there is one for the layer.
+
+    The order in a block is the kernel's, and only strides say so. On a CPU a block of float32 keys is
+    ``[heads, head_dim, 64]``; on a GPU, keys and values are ``[heads, 64, dim]``.
+    """
 
     @classmethod
     def allocate(
@@ -85,16 +104,34 @@ class KVCache:
 
 def _pools(
     layer: LayerShape, num_blocks: int, *, device: torch.device
-) -> tuple[Tensor, Tensor, RowTables | None]:
+) -> tuple[Tensor, Tensor, RowTables | HeadPages | None]:
     def pool(*shape: int) -> Tensor:
         return _zeros((num_blocks, *shape), dtype=layer.dtype, device=device)
 
-    values = pool(BLOCK_SIZE, layer.num_kv_heads, layer.v_head_dim)
-    if device.type != "cpu" or layer.dtype is not torch.float32:
-        return pool(BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), values, None
-    keys = pool(layer.num_kv_heads, layer.head_dim, BLOCK_SIZE)
-    tables = RowTables(keys.view(-1, BLOCK_SIZE), values.view(-1, layer.v_head_dim))
+    num_heads, head_dim, v_head_dim = layer.num_kv_heads, layer.head_dim, layer.v_head_dim
+    if device.type == "cuda":
+        keys, values = (
+            pool(num_heads, BLOCK_SIZE, head_dim),
+            pool(num_heads, BLOCK_SIZE, v_head_dim),
+        )
+        pages = HeadPages(keys, values) if _has_tma(layer, device) else None
+        return keys.transpose(1, 2), values.transpose(1, 2), pages
+    values = pool(BLOCK_SIZE, num_heads, v_head_dim)
+    if layer.dtype is not torch.float32:
+        return pool(BLOCK_SIZE, num_heads, head_dim), values, None
+    keys = pool(num_heads, head_dim, BLOCK_SIZE)
+    tables = RowTables(keys.view(-1, BLOCK_SIZE), values.view(-1, v_head_dim))
     return keys.permute(0, 3, 1, 2), values, tables
+
+
+_TMA_BYTES = 16
+"""Rows that the copy engine of Hopper (compute capability 9.0) and later reads are multiples of this."""
+
+
+def _has_tma(layer: LayerShape, device: torch.device) -> bool:
+    sizes = (layer.head_dim, layer.v_head_dim)
+    is_even = all(size * layer.dtype.itemsize % _TMA_BYTES == 0 for size in sizes)
+    return is_even and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _ALIGNMENT = 64

@@ -1,4 +1,4 @@
-"""The custom operators of packed models: schema, shape function and CPU implementation.
+"""The custom operators of packed models: schema, shape function and implementation.
 
 They make the graph of a model closed and free of mutation. The KV cache is outside the graph, so
 attention names no mutated argument; that an append precedes the read is an edge of the graph instead,
@@ -27,14 +27,15 @@ Kernel = Callable[..., Tensor]
 _LIBRARY = torch.library.Library("nanoflow", "FRAGMENT")
 
 
-def _define(schema: str, *, cpu: Kernel, fake: Kernel) -> Kernel:
+def _define(schema: str, *, kernel: Kernel, fake: Kernel) -> Kernel:
     """The operator of ``schema``.
 
     A plain library entry and not ``torch.library.custom_op``, whose wrappers double the cost of a call.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, cpu, "CPU")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"nanoflow::{name}", fake, lib=_LIBRARY)
     operator: Kernel = getattr(torch.ops.nanoflow, name).default
     return operator
@@ -140,21 +141,21 @@ _SETTINGS = (
 # Appends keys and values [T, KV heads, dim] to the cache of `layer`, then attends: [T, heads, v dim].
 attention = _define(
     f"attention(Tensor query, Tensor key, Tensor value, int layer, {_SETTINGS}) -> Tensor",
-    cpu=_attention,
+    kernel=_attention,
     fake=_attention_fake,
 )
 
 # The first half of `attention`. The handle is empty: it stands for the cache as the append left it.
 kv_append = _define(
     "kv_append(Tensor key, Tensor value, int layer, int part) -> Tensor",
-    cpu=_kv_append,
+    kernel=_kv_append,
     fake=_kv_append_fake,
 )
 
 # The second half of `attention`.
 paged_attention = _define(
     f"paged_attention(Tensor query, Tensor kv_handle, int layer, int v_head_dim, {_SETTINGS}) -> Tensor",
-    cpu=_paged_attention,
+    kernel=_paged_attention,
     fake=_paged_attention_fake,
 )
 
@@ -162,6 +163,6 @@ paged_attention = _define(
 moe_experts = _define(
     "moe_experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor up, Tensor down, "
     "Tensor? up_bias, Tensor? down_bias, str activation, bool gated, bool transposed) -> Tensor",
-    cpu=_moe_experts,
+    kernel=_moe_experts,
     fake=_moe_experts_fake,
 )

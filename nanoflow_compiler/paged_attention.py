@@ -1,4 +1,8 @@
-"""Paged attention in plain PyTorch: the CPU kernel, and what other kernels are checked against."""
+"""Paged attention: in plain PyTorch, but for decodes where a kernel reads the layer's tables."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,10 +17,13 @@ from nanoflow_compiler.attention_plan import (
 )
 from nanoflow_compiler.attention_state import AttentionPart
 from nanoflow_compiler.decode_attention import Decodes, Heads, attend_decodes, plan_sums
-from nanoflow_compiler.kv_cache import KVCache
+from nanoflow_compiler.kv_cache import HeadPages, KVCache, RowTables
 from nanoflow_compiler.scoring import Scoring
 
-__all__ = ["attend", "plan_of"]
+if TYPE_CHECKING:
+    from nanoflow_compiler.kernels.paged_decode import PageReads
+
+__all__ = ["Plan", "attend", "plan_of"]
 
 
 def attend(
@@ -30,40 +37,74 @@ def attend(
 ) -> Tensor:
     """Causal attention of packed queries ``[T, heads, dim]`` over the blocks of one layer's cache."""
     keys, values, tables = cache.keys[layer], cache.values[layer], cache.tables[layer]
-    heads = Heads(query.shape[1], *keys.shape[2:]) if tables else None
-    plan = plan_of(part, visibility=visibility, heads=heads)
+    heads = Heads(query.shape[1], *keys.shape[2:])
+    plan = plan_of(part, visibility=visibility, heads=heads, tables=tables)
 
     def attended(query: Tensor, rows: Decodes | Group) -> Tensor:
         if isinstance(rows, Decodes):
-            assert tables
+            assert isinstance(tables, RowTables)
             return attend_decodes(query, tables=tables, decodes=rows, scoring=scoring)
         result = _attend_group(query, keys=keys, values=values, group=rows, scoring=scoring)
         return result.view(*query.shape[:2], values.shape[-1])
 
-    if len(plan) == 1:
-        return attended(query, plan[0])
+    if len(plan.groups) == 1 and plan.reads is None:
+        return attended(query, plan.groups[0])
     out = query.new_empty(*query.shape[:2], values.shape[-1])
-    for rows in plan:
+    if plan.reads is not None:
+        assert isinstance(tables, HeadPages)
+        _gpu().attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+    for rows in plan.groups:
         out[rows.rows] = attended(query[rows.rows], rows)
     return out
 
 
-def plan_of(
-    part: AttentionPart, *, visibility: Visibility, heads: Heads | None
-) -> tuple[Decodes | Group, ...]:
-    """Who serves which rows of ``part``; made when first asked for.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who serves which rows of a part."""
 
-    A plan depends on the part, on what is visible and, where decodes are sums of rows, on ``heads``:
+    groups: tuple[Decodes | Group, ...]
+    reads: "PageReads | None" = None
+    """On a GPU, all decodes."""
+
+
+def plan_of(
+    part: AttentionPart,
+    *,
+    visibility: Visibility,
+    heads: Heads,
+    tables: RowTables | HeadPages | None,
+) -> Plan:
+    """Made when first asked for.
+
+    A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads``:
     the layers that share those share its index tensors and masks.
     """
-    key = (visibility, heads)
+    key = (visibility, heads if tables else None)
     if key not in part.plans:
-        requests = Requests.of(part)
-        sums = plan_sums(requests, visibility=visibility, heads=heads) if heads else None
-        decodes = [sums] if sums else plan_decodes(requests, visibility=visibility)
-        part.plans[key] = (*decodes, *plan_tiles(requests, visibility=visibility))
-    plan: tuple[Decodes | Group, ...] = part.plans[key]
+        part.plans[key] = _plan(Requests.of(part), visibility, heads=heads, tables=tables)
+    plan: Plan = part.plans[key]
     return plan
+
+
+def _plan(
+    requests: Requests,
+    visibility: Visibility,
+    *,
+    heads: Heads,
+    tables: RowTables | HeadPages | None,
+) -> Plan:
+    tiles = tuple(plan_tiles(requests, visibility=visibility))
+    if isinstance(tables, HeadPages):
+        return Plan(tiles, _gpu().plan_pages(requests, tables, visibility=visibility))
+    if isinstance(tables, RowTables):
+        sums = plan_sums(requests, visibility=visibility, heads=heads)
+        return Plan((sums, *tiles) if sums else tiles)
+    return Plan((*plan_decodes(requests, visibility=visibility), *tiles))
+
+
+def _gpu() -> Any:
+    """Triton is there where CUDA is."""
+    return import_module("nanoflow_compiler.kernels.paged_decode")
 
 
 def _attend_group(
@@ -93,8 +134,7 @@ def _query_heads(query: Tensor, *, num_kv_heads: int, group: Group) -> Tensor:
 
 def _gather(pool: Tensor, *, group: Group, like: Tensor) -> Tensor:
     if isinstance(group.blocks, slice):
-        # Fused attention wants a token's dimensions side by side.
-        gathered = pool[group.blocks] if pool.stride(-1) == 1 else pool[group.blocks].contiguous()
+        gathered = pool[group.blocks].contiguous()  # no copy where the pool is
     else:
         gathered = pool.index_select(0, group.blocks)
     tokens = gathered.view(group.num_requests, -1, *pool.shape[2:])[:, group.keys].transpose(1, 2)

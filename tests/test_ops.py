@@ -1,135 +1,18 @@
 """Packed attention and experts against naive float64 references, whole and in parts cut anywhere."""
 
-import itertools
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention_cases import Case, Step
 from nanoflow_compiler import attention_plan, ops
 from nanoflow_compiler.attention_plan import Visibility
 from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
 from nanoflow_compiler.decode_attention import Heads
 from nanoflow_compiler.errors import InvalidProgramError, UnsupportedGraphError
-from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
 from nanoflow_compiler.paged_attention import plan_of
-
-
-@dataclass(frozen=True)
-class Case:
-    """Requests as (tokens in the cache, tokens in the step), heads, and what limits attention."""
-
-    requests: list[tuple[int, int]]
-    kv_heads: int = 2
-    heads_per_kv: int = 2
-    head_dim: int = 8
-    v_head_dim: int = 8
-    window: int = 0
-    chunk: int = 0
-    softcap: float = 0.0
-    has_sinks: bool = False
-    scale: float = 0.3
-    cuts: tuple[float, ...] = ()
-    seed: int = 0
-
-    @property
-    def settings(self):
-        return self.scale, self.window, self.chunk, self.softcap
-
-
-def naive(case, query, key, value, sinks):
-    """One request, one query, one head at a time; tensors [L, heads, dim] of which the last are queries."""
-    out = torch.zeros(query.shape[0], query.shape[1], value.shape[2], dtype=torch.float64)
-    context = key.shape[0] - query.shape[0]
-    for row in range(query.shape[0]):
-        position = context + row
-        first = max(0, position - case.window + 1) if case.window else 0
-        if case.chunk:
-            first = max(first, position // case.chunk * case.chunk)
-        for head in range(query.shape[1]):
-            kv_head = head // case.heads_per_kv
-            scores = key[first : position + 1, kv_head] @ query[row, head] * case.scale
-            if case.softcap:
-                scores = case.softcap * torch.tanh(scores / case.softcap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head : head + 1]])
-            weights = scores.softmax(0)[: position + 1 - first]
-            out[row, head] = weights @ value[first : position + 1, kv_head]
-    return out
-
-
-class Step:
-    """A case with random tensors, its cache filled with the contexts, its blocks scattered."""
-
-    def __init__(self, case, *, dtype=torch.float32):
-        self.case = case
-        generator = torch.Generator().manual_seed(case.seed)
-
-        def random(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        heads = case.kv_heads * case.heads_per_kv
-        self.sinks = random(heads) if case.has_sinks else None
-        totals = [context + new for context, new in case.requests]
-        self.keys = [random(n, case.kv_heads, case.head_dim) for n in totals]
-        self.values = [random(n, case.kv_heads, case.v_head_dim) for n in totals]
-        self.queries = [random(new, heads, case.head_dim) for _, new in case.requests]
-        needed = [-(-n // BLOCK_SIZE) for n in totals]
-        order = torch.randperm(sum(needed), generator=generator).numpy() + 1
-        self.tables = np.zeros((len(totals), max(needed)), dtype=np.int64)
-        for row, (start, count) in enumerate(zip(np.cumsum([0, *needed]), needed, strict=False)):
-            self.tables[row, :count] = order[start : start + count]
-        shape = LayerShape(case.kv_heads, case.head_dim, case.v_head_dim, dtype)
-        self.cache = KVCache.allocate([shape], num_blocks=sum(needed) + 1)
-        self._fill_contexts()
-
-    def _fill_contexts(self):
-        for row, (context, _) in enumerate(self.case.requests):
-            part = self._layout([context], [0], self.tables[row : row + 1]).part(0, context)
-            key, value = self.keys[row][:context], self.values[row][:context]
-            self.cache.append(key, value, layer=0, places=part.places)
-
-    def _layout(self, query_lens, context_lens, tables):
-        return StepLayout.pack(
-            query_lens=np.array(query_lens),
-            context_lens=np.array(context_lens),
-            block_tables=tables,
-        )
-
-    def expected(self):
-        sinks = None if self.sinks is None else self.sinks.double()
-        rows = zip(self.queries, self.keys, self.values, strict=True)
-        return torch.cat(
-            [naive(self.case, q.double(), k.double(), v.double(), sinks) for q, k, v in rows]
-        )
-
-    def run(self, cuts=(), *, halves=False):
-        contexts, new = zip(*self.case.requests, strict=True)
-        layout = self._layout(new, contexts, self.tables)
-        query = torch.cat(self.queries)
-        key = torch.cat([k[c:] for k, c in zip(self.keys, contexts, strict=True)])
-        value = torch.cat([v[c:] for v, c in zip(self.values, contexts, strict=True)])
-        edges = [0, *cuts, len(query)]
-        ranges = list(itertools.pairwise(edges))
-        parts = tuple(layout.part(start, end) for start, end in [(0, len(query)), *ranges])
-        call = split_call if halves else ops.attention
-        out = []
-        with attention_state(AttentionState(self.cache, parts)):
-            for part, (start, end) in enumerate(ranges, start=1):
-                rows = slice(start, end)
-                tensors = query[rows], key[rows], value[rows]
-                out.append(call(*tensors, 0, *self.case.settings, self.sinks, True, part))
-        return torch.cat(out)
-
-
-def split_call(query, key, value, layer, *rest):
-    handle = ops.kv_append(key, value, layer, rest[-1])
-    assert handle.shape == (0,)
-    return ops.paged_attention(query, handle, layer, value.shape[-1], *rest)
-
 
 limits = st.one_of(st.just(0), st.integers(1, 150))
 cases = st.builds(
@@ -186,11 +69,11 @@ def test_bfloat16():
 
 def test_a_plan_is_made_once_for_all_layers():
     step = Step(Case(requests=[(9, 3), (4, 1)]))
-    layout = step._layout([3, 1], [9, 4], step.tables)
+    layout = step.layout([3, 1], [9, 4], step.tables)
     part = layout.part(0, 4)
-    for heads in (None, Heads(4, 2, 8)):
-        plan = plan_of(part, visibility=Visibility(), heads=heads)
-        assert plan_of(part, visibility=Visibility(), heads=heads) is plan
+    for tables in (None, *step.cache.tables):
+        given = {"visibility": Visibility(), "heads": Heads(4, 2, 8), "tables": tables}
+        assert plan_of(part, **given) is plan_of(part, **given)
     assert len(part.plans) == 2
 
 
@@ -222,7 +105,7 @@ def test_attention_that_is_not_causal_is_refused():
 
 def test_schemas_and_fakes_agree_with_the_implementations():
     step = Step(Case(requests=[(3, 2)], v_head_dim=6, has_sinks=True))
-    layout = step._layout([2], [3], step.tables)
+    layout = step.layout([2], [3], step.tables)
     query, key, value = step.queries[0], step.keys[0][3:], step.values[0][3:]
     rest = (0.5, 0, 0, 0.0, step.sinks, True, 0)
     # The cache is outside the graph on purpose, so only what concerns shapes is checked.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_compiler.attention_state import AttentionState, StepLayout, attention_state
-from nanoflow_compiler.engine.batch import Batch
+from nanoflow_compiler.engine.batch import Batch, Ints
 from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampler import Sampled, sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
@@ -77,7 +77,7 @@ class PreparedStep:
     unknown_slots: Tensor
     positions: Tensor
     rows: Tensor
-    """Of which logits are computed: those that are sampled, then those of prompts."""
+    """Of which logits are computed: those that are sampled, then those of prompts, then any."""
     slots: Tensor
     prompt_targets: Tensor
     num_prompt_logprobs: int
@@ -158,7 +158,7 @@ class ModelRunner:
             batch.unknown,
             batch.unknown_slots,
             batch.positions,
-            np.concatenate([batch.rows, batch.prompt_rows]),
+            self._rows(batch),
             batch.slots,
             batch.prompt_targets,
         )
@@ -178,6 +178,13 @@ class ModelRunner:
             state=AttentionState(self.cache, parts),
             sampling=sampling,
         )
+
+    def _rows(self, batch: Batch) -> Ints:
+        """Never none on a GPU, where a kernel cannot be launched for nothing."""
+        rows = np.concatenate([batch.rows, batch.prompt_rows])
+        if len(rows) or self.cache.device.type == "cpu":
+            return rows
+        return np.zeros(1, dtype=np.int64)
 
     def _run(self, prepared: PreparedStep, mask: "Future[TokenMask] | None") -> Sampled:
         logits = self._forward(prepared)
@@ -218,7 +225,7 @@ class ModelRunner:
             logits[:num_sampled], prepared.sampling, token_store=self.token_store, mask=mask
         )
         self.last_tokens[prepared.slots] = sampled.tokens
-        if len(logits) == num_sampled:
+        if not len(prepared.prompt_targets):
             return sampled
         found = prompt_logprobs(
             logits[num_sampled:], prepared.prompt_targets, num=prepared.num_prompt_logprobs

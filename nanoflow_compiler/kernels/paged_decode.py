@@ -1,0 +1,319 @@
+"""Attention of decodes over a paged KV cache: persistent thread blocks that read pages through TMA.
+
+A thread block reads the pages of one KV head that :mod:`decode_plan` gives it, and attends with all
+query heads of that KV head at once (they are the rows of a tensor core's tile). What it finds of a
+request that others share in goes to a workspace as a sum, its maximum and its normaliser, which a second
+kernel merges. Scores are in units of log2, softmax is computed in float32.
+
+On one H200 the three benchmarks of ``benchmarks/decode_attention.py`` read 4.0 to 4.4 TB/s.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanoflow_compiler.attention_plan import Requests, Visibility
+from nanoflow_compiler.kernels.decode_plan import plan_decode
+from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
+from nanoflow_compiler.scoring import Scoring
+
+__all__ = ["PageReads", "Tiling", "attend_pages", "plan_pages"]
+
+_LOG2E = 1.4426950408889634
+_LEAST_SIDE = 16
+"""Of a tensor core's tile."""
+_SHARED_BYTES = 200 << 10
+"""Of a multiprocessor's shared memory, for the pages under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What may be tuned: pages under way, and who works on them."""
+
+    ctas_per_sm: int = 3
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @classmethod
+    def of(cls, pages: HeadPages) -> "Tiling":
+        """Three thread blocks for each multiprocessor where their pages fit: they wait by turns."""
+        row_bytes = sum(_width(pool) * pool.element_size() for pool in (pages.keys, pages.values))
+        most = cls()
+        num_ctas = _SHARED_BYTES // (most.num_stages * BLOCK_SIZE * row_bytes)
+        return replace(most, ctas_per_sm=max(1, min(most.ctas_per_sm, num_ctas)))
+
+
+@dataclass(frozen=True, slots=True)
+class PageReads:
+    """Which thread block reads what: a :class:`DecodePlan` on the device."""
+
+    blocks: Tensor
+    pages: Tensor
+    sizes: Tensor
+    splits: Tensor
+    num_shares: int
+    tiling: Tiling
+
+
+def plan_pages(
+    requests: Requests,
+    pages: HeadPages,
+    *,
+    visibility: Visibility,
+    tiling: Tiling | None = None,
+) -> PageReads | None:
+    """How the requests of a part that have a single row are computed; None without any."""
+    chosen = requests.decodes
+    if not len(chosen):
+        return None
+    tiling = tiling or Tiling.of(pages)
+    num_sms = torch.cuda.get_device_properties(requests.device).multi_processor_count
+    num_shares = max(1, num_sms * tiling.ctas_per_sm // pages.keys.shape[1])
+    positions = requests.contexts[chosen]
+    plan = plan_decode(
+        requests.starts[chosen],
+        positions=positions,
+        first_keys=visibility.first_key(positions),
+        tables=requests.tables[chosen],
+        num_shares=num_shares,
+    )
+    arrays = (plan.blocks, plan.pages, plan.sizes, plan.splits)
+    blocks, described, sizes, splits = requests.tensors(arrays)
+    return PageReads(blocks, described, sizes, splits, num_shares, tiling)
+
+
+def attend_pages(
+    query: Tensor, pages: HeadPages, *, reads: PageReads, scoring: Scoring, out: Tensor
+) -> None:
+    """Write the rows of ``reads`` in ``out [T, heads, v dim]``, for ``query [T, heads, dim]``."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    num_heads, num_kv_heads = query.shape[1], pages.keys.shape[1]
+    group, v_dim = num_heads // num_kv_heads, pages.values.shape[-1]
+    slots = (2 * reads.num_shares, num_heads)
+    sums = torch.empty(*slots, v_dim, dtype=torch.float32, device=query.device)
+    stats = torch.empty(*slots, 2, dtype=torch.float32, device=query.device)
+    softcap = scoring.softcap
+    shape: dict[str, Any] = {
+        "NUM_HEADS": num_heads,
+        "V_DIM": v_dim,
+        "V_WIDTH": _width(pages.values),
+        "HAS_SINKS": scoring.sinks is not None,
+    }
+    _launch(_read_pages, (reads.num_shares, num_kv_heads))(
+        query,
+        query.stride(0),
+        query.stride(1),
+        _descriptor(pages.keys),
+        _descriptor(pages.values),
+        out,
+        sums,
+        stats,
+        reads.blocks,
+        reads.pages,
+        reads.sizes,
+        scoring.sinks,
+        scoring.scale / softcap if softcap else scoring.scale * _LOG2E,
+        softcap * _LOG2E,
+        GROUP=group,
+        ROWS=max(_LEAST_SIDE, triton.next_power_of_2(group)),
+        DIM=query.shape[-1],
+        WIDTH=_width(pages.keys),
+        HAS_SOFTCAP=bool(softcap),
+        IS_EXACT=query.dtype is torch.float32,
+        PAGE=BLOCK_SIZE,
+        STAGES=reads.tiling.num_stages,
+        num_warps=reads.tiling.num_warps,
+        **shape,
+    )
+    if len(reads.splits):
+        _launch(_merge, (len(reads.splits), num_heads))(
+            sums, stats, reads.splits, out, scoring.sinks, PIECES=_PIECES, **shape
+        )
+
+
+_PIECES = 32
+"""Of a split request, that are merged together."""
+
+
+def _width(pool: Tensor) -> int:
+    """The dimensions of a head in a tile; those beyond its own are zero."""
+    width: int = triton.next_power_of_2(pool.shape[-1])
+    return max(width, _LEAST_SIDE)
+
+
+def _descriptor(pool: Tensor) -> Any:
+    return TensorDescriptor.from_tensor(pool.view(-1, pool.shape[-1]), [BLOCK_SIZE, _width(pool)])
+
+
+def _launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    launcher: Callable[..., None] = kernel[grid]
+    return launcher
+
+
+@triton.jit
+def _add_sink(greatest, normaliser, sums, sink):
+    """A sink takes part in the normaliser and has no value."""
+    raised = tl.maximum(greatest, sink)
+    factor = tl.exp2(greatest - raised)
+    return normaliser * factor + tl.exp2(sink - raised), sums * factor[:, None]
+
+
+@triton.jit
+def _read_pages(
+    query_ptr,
+    query_row_stride,
+    query_head_stride,
+    keys,
+    values,
+    out_ptr,
+    sums_ptr,
+    stats_ptr,
+    blocks_ptr,
+    pages_ptr,
+    sizes_ptr,
+    sinks_ptr,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+    PAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    share_at = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    num_kv_heads = tl.num_programs(1)
+    num_pages = tl.load(sizes_ptr)
+    share = tl.load(sizes_ptr + 1)
+    begin = share_at * share
+    end = tl.minimum(begin + share, num_pages)
+
+    rows = tl.arange(0, ROWS)
+    heads = kv_head * GROUP + rows
+    is_head = rows < GROUP
+    dims = tl.arange(0, WIDTH)
+    v_dims = tl.arange(0, V_WIDTH)
+    tokens = tl.arange(0, PAGE)
+    precision: tl.constexpr = "ieee" if IS_EXACT else "tf32"
+
+    greatest = tl.full([ROWS], float("-inf"), tl.float32)
+    normaliser = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, V_WIDTH], tl.float32)
+    run_begin = begin
+    has_first = 0
+    for at in tl.range(begin, end, num_stages=STAGES):
+        block = tl.load(blocks_ptr + at)
+        page = tl.load(pages_ptr + at)
+        row = (page >> 14).to(tl.int64)
+        is_first = (page >> 13) & 1
+        is_last = (page >> 12) & 1
+        query = tl.load(
+            query_ptr + row * query_row_stride + heads[:, None] * query_head_stride + dims[None, :],
+            mask=is_head[:, None] & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        place = (block * num_kv_heads + kv_head) * PAGE
+        key = keys.load([place, 0])
+        scores = tl.dot(query, key.T, input_precision=precision) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * (2 * tl.sigmoid(2 * scores) - 1)
+        is_seen = (tokens >= ((page >> 6) & 63)) & (tokens <= (page & 63))
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+
+        is_start = (at == begin) | (is_first == 1)
+        run_begin = tl.where(is_start, at, run_begin)
+        has_first = tl.where(is_start, is_first, has_first)
+        before = tl.where(is_start, float("-inf"), greatest)
+        greatest = tl.maximum(before, tl.max(scores, 1))
+        weights = tl.exp2(scores - greatest[:, None])
+        factor = tl.exp2(before - greatest)
+        normaliser = tl.where(is_start, 0.0, normaliser) * factor + tl.sum(weights, 1)
+        sums = tl.where(is_start, 0.0, sums) * factor[:, None]
+        # A block that was used before may hold anything behind its last token, and 0 * NaN is NaN.
+        value = tl.where(is_seen[:, None], values.load([place, 0]), 0.0)
+        sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=precision)
+
+        if (is_last == 1) | (at == end - 1):
+            is_written = is_head[:, None] & (v_dims < V_DIM)[None, :]
+            if (has_first == 1) & (is_last == 1):
+                if HAS_SINKS:
+                    sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0).to(tl.float32)
+                    whole, totals = _add_sink(greatest, normaliser, sums, sink * 1.4426950408889634)
+                else:
+                    whole = normaliser
+                    totals = sums
+                places = (row * NUM_HEADS + heads)[:, None] * V_DIM + v_dims[None, :]
+                result = totals / whole[:, None]
+                tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=is_written)
+            else:
+                slot = 2 * share_at + tl.where(run_begin == begin, 0, 1)
+                pieces = slot * NUM_HEADS + heads
+                tl.store(
+                    sums_ptr + pieces[:, None] * V_DIM + v_dims[None, :], sums, mask=is_written
+                )
+                tl.store(stats_ptr + pieces * 2, greatest, mask=is_head)
+                tl.store(stats_ptr + pieces * 2 + 1, normaliser, mask=is_head)
+
+
+@triton.jit
+def _merge(
+    sums_ptr,
+    stats_ptr,
+    splits_ptr,
+    out_ptr,
+    sinks_ptr,
+    NUM_HEADS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    split = splits_ptr + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    row = tl.load(split).to(tl.int64)
+    if row < 0:
+        return
+    first_slot = tl.load(split + 1)
+    first = tl.load(split + 2)
+    last = tl.load(split + 3)
+    dims = tl.arange(0, V_WIDTH)
+    one = tl.zeros([1], tl.int32)
+    greatest = tl.full([1], float("-inf"), tl.float32)
+    normaliser = tl.zeros([1], tl.float32)
+    sums = tl.zeros([1, V_WIDTH], tl.float32)
+    for start in range(first, last + 1, PIECES):
+        shares = start + tl.arange(0, PIECES)
+        is_piece = shares <= last
+        pieces = tl.where(shares == first, first_slot, 2 * shares) * NUM_HEADS + head
+        peaks = tl.load(stats_ptr + pieces * 2, mask=is_piece, other=float("-inf"))
+        parts = tl.load(stats_ptr + pieces * 2 + 1, mask=is_piece, other=0.0)
+        values = tl.load(
+            sums_ptr + pieces[:, None] * V_DIM + dims[None, :],
+            mask=is_piece[:, None] & (dims < V_DIM)[None, :],
+            other=0.0,
+        )
+        raised = tl.maximum(greatest, tl.max(peaks, 0))
+        factors = tl.exp2(peaks - raised)
+        factor = tl.exp2(greatest - raised)
+        normaliser = normaliser * factor + tl.sum(parts * factors, 0)
+        sums = sums * factor[:, None] + tl.sum(values * factors[:, None], 0)[None, :]
+        greatest = raised
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head + one).to(tl.float32) * 1.4426950408889634
+        normaliser, sums = _add_sink(greatest, normaliser, sums, sink)
+    places = (row * NUM_HEADS + head) * V_DIM + dims[None, :]
+    result = (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, result, mask=(dims < V_DIM)[None, :])
