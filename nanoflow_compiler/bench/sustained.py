@@ -1,0 +1,99 @@
+"""Times of GPU work that runs long enough to reach the clock and the power it would have in service."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+__all__ = ["Sustained", "measure_sustained"]
+
+_CHUNKS = 8
+"""The clock is read in each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sustained:
+    """What one call takes."""
+
+    us: float
+    joules: float
+    """Of the whole card, by NVML's counter of energy."""
+    watts: float
+    sm_mhz: float
+    """Clock of the multiprocessors, the median of several readings."""
+    num_calls: int
+
+
+def measure_sustained(
+    calls: Sequence[Callable[[], None]], *, seconds: float = 1.5, warmup_seconds: float = 0.5
+) -> Sustained:
+    """The mean of ``calls``, one after the other in a captured graph that is replayed for ``seconds``.
+
+    Bursts run 10 to 15 % faster than what a card can sustain at its power limit. Give several calls
+    on different memory where the memory of one would stay in the cache.
+    """
+    graph, meter = _capture(calls), _Meter()
+    one_s = _replay(graph, 1)
+    one_s = _replay(graph, max(1, round(warmup_seconds / one_s)))
+    chunk = max(1, round(seconds / one_s / _CHUNKS))
+    clocks: list[float] = []
+    joules, start = meter.energy_j(), time.perf_counter()
+    for _ in range(_CHUNKS):
+        _replay(graph, chunk, meanwhile=lambda: clocks.append(meter.sm_mhz()))
+    total_s, joules = time.perf_counter() - start, meter.energy_j() - joules
+    num_calls = _CHUNKS * chunk * len(calls)
+    return Sustained(
+        us=total_s / num_calls * 1e6,
+        joules=joules / num_calls,
+        watts=joules / total_s,
+        sm_mhz=statistics.median(clocks),
+        num_calls=num_calls,
+    )
+
+
+def _capture(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
+    for call in calls:
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, num_replays: int, *, meanwhile: Callable[[], None] | None = None
+) -> float:
+    """Seconds of one replay; ``meanwhile`` is called when they have been launched."""
+    start = time.perf_counter()
+    for _ in range(num_replays):
+        graph.replay()
+    if meanwhile:
+        meanwhile()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / num_replays
+
+
+class _Meter:
+    """NVML's readings of torch's current device."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = import_module("pynvml")
+        self._nvml.nvmlInit()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # NVML counts all cards of the machine, torch those that it was shown.
+        self._device = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+
+    def energy_j(self) -> float:
+        """Since the driver was loaded."""
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1e3
+
+    def sm_mhz(self) -> float:
+        return float(self._nvml.nvmlDeviceGetClockInfo(self._device, self._nvml.NVML_CLOCK_SM))
