@@ -1,7 +1,7 @@
 """``nanoflow bench host``: what the engine does on the host for a step, on a device that only sleeps.
 
-Everything but the model is real: table, batcher, blocks, prefix cache, sampling settings, the inputs
-of a step and the sampler. The vocabulary is small, because on a GPU sampling is not the host's work.
+Everything but the device's work is real: table, batcher, blocks, prefix cache, sampling settings, and
+the inputs of a step. The model and the sampler take a fixed time in which the host is left alone.
 """
 
 import itertools

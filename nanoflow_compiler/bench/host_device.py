@@ -1,4 +1,4 @@
-"""A device that does nothing for a fixed time, and a runner that notes when it had to wait."""
+"""A device that does nothing for a fixed time, and a runner that notes when the device had to wait."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nanoflow_compiler.engine.batch import Batch
-from nanoflow_compiler.engine.runner import ModelRunner
+from nanoflow_compiler.engine.logprobs import TopLogprobs
+from nanoflow_compiler.engine.runner import ModelRunner, PreparedStep
 from nanoflow_compiler.engine.sampler import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.kv_cache import KVCache
@@ -21,9 +22,9 @@ __all__ = ["MeasuredRunner", "SleepStep"]
 
 
 class SleepStep:
-    """A model step that sleeps, and then finds all tokens equally likely.
+    """A model step that sleeps.
 
-    It sleeps less by what sampling took after the step before, so that a whole step takes ``seconds``.
+    It sleeps less by what was left to do after the step before, so that a whole step takes ``seconds``.
     """
 
     def __init__(self, *, num_rows: int, vocab_size: int, parts: int) -> None:
@@ -32,19 +33,19 @@ class SleepStep:
         whole, each = (0, parts), [(part, part + 1) for part in range(parts)]
         self.attention_parts = (whole,) if parts == 1 else (whole, *each)
         self._logits = torch.zeros(num_rows, vocab_size)
-        self._woke_s = self._sampling_s = 0.0
+        self._woke_s = self._rest_s = 0.0
 
     def __call__(
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, cuts: Sequence[int]
     ) -> Tensor:
         del input_ids, positions, cuts
-        time.sleep(max(0.0, self.seconds - self._sampling_s))
+        time.sleep(max(0.0, self.seconds - self._rest_s))
         self._woke_s = time.perf_counter()
         return self._logits[: len(rows)]
 
     def on_sampled(self, _: Future[Sampled]) -> None:
         """The step that slept last is done."""
-        self._sampling_s = time.perf_counter() - self._woke_s
+        self._rest_s = time.perf_counter() - self._woke_s
 
     def close(self) -> None:
         """There is nothing to release."""
@@ -65,7 +66,10 @@ class _Answer(Future[Sampled]):
 
 
 class MeasuredRunner(ModelRunner):
-    """The engine's runner, all of it, with times taken around it."""
+    """The engine's runner, with times taken around it.
+
+    Token 0 is chosen for every request: sampling is the device's work, which is slept for.
+    """
 
     def __init__(self, step: SleepStep, *, cache: KVCache, num_slots: int) -> None:
         super().__init__(step, cache=cache, num_slots=num_slots, is_threaded=True)
@@ -89,3 +93,12 @@ class MeasuredRunner(ModelRunner):
         self._last.add_done_callback(self._on_sampled)
         self.num_idle += before is not None and before.done()
         return _Answer(self._last, self)
+
+    def _choose(self, logits: Tensor, prepared: PreparedStep, mask: "TokenMask | None") -> Sampled:
+        del logits, mask
+        tokens = torch.zeros(len(prepared.slots), dtype=torch.int64)
+        most = int(prepared.sampling.num_logprobs.max(initial=-1))
+        if most < 0:
+            return Sampled(tokens, None)
+        columns = tokens[:, None].expand(-1, 1 + most)
+        return Sampled(tokens, TopLogprobs(columns, columns.float(), tokens + 1))
