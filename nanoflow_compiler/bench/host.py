@@ -78,9 +78,7 @@ class _Load:
     def __init__(self, settings: HostSettings, sampling: dict[str, Any]) -> None:
         self.settings = settings
         self.sampling = sampling
-        self.device = SleepStep(
-            num_rows=settings.max_num_seqs, vocab_size=VOCAB_SIZE, parts=settings.parts
-        )
+        self.device = SleepStep(parts=settings.parts)
         self.core, self.runner = _make_core(settings, self.device)
         self._keys = itertools.count(1)
         self._random = random.Random(settings.seed)
