@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanoflow_compiler.bench.garbage import frozen_garbage
 from nanoflow_compiler.bench.host_device import MeasuredRunner, SleepStep
 from nanoflow_compiler.bench.host_settings import HostSettings
 from nanoflow_compiler.bench.progress import progress
@@ -53,8 +54,9 @@ def measure_host(settings: HostSettings, sampling: dict[str, Any]) -> dict[str, 
     with _one_core():
         load = _Load(settings, sampling)
         try:
-            load.warm_up()
-            return load.measure()
+            with frozen_garbage():  # as the engine's process does before the first request
+                load.warm_up()
+                return load.measure()
         finally:
             load.core.close()
 

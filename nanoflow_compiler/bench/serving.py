@@ -1,17 +1,15 @@
 """``nanoflow bench serve``: load on a server that runs, and what its users would see."""
 
 import asyncio
-import gc
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanoflow_compiler.bench.arrivals import arrival_times
 from nanoflow_compiler.bench.dataset import BenchRequest, DatasetSettings, Vocabulary
+from nanoflow_compiler.bench.garbage import frozen_garbage
 from nanoflow_compiler.bench.http import HttpClient
 from nanoflow_compiler.bench.load import send_all
 from nanoflow_compiler.bench.openai_client import OpenAIClient
@@ -125,7 +123,7 @@ async def _run(
     due_s = arrival_times(
         requests, rate=settings.request_rate, burstiness=settings.burstiness, seed=seed
     )
-    with progress("requests", total=len(requests)) as advance, _frozen_garbage():
+    with progress("requests", total=len(requests)) as advance, frozen_garbage():
         start = time.perf_counter()
         answers = await send_all(
             client,
@@ -137,17 +135,6 @@ async def _run(
         duration_s = time.perf_counter() - start
     found = metrics(answers, duration_s=duration_s, settings=settings)
     return {**found, **details(answers)}
-
-
-@contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """The collector leaves alone what is there: a look at all prompts would delay tokens by as much."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _allow_connections() -> None:
