@@ -82,8 +82,18 @@ class StepLayout:
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         return cls(query_starts, context_lens, block_tables, slots)
 
-    def part(self, start: int, end: int, *, device: torch.device | str = "cpu") -> AttentionPart:
-        """The tokens in ``[start, end)`` of the step; each request has at least one in the step."""
+    def part(
+        self,
+        start: int,
+        end: int,
+        *,
+        device: torch.device | str = "cpu",
+        slots: Tensor | None = None,
+    ) -> AttentionPart:
+        """The tokens in ``[start, end)`` of the step; each request has at least one in the step.
+
+        ``slots`` are those of the whole step where they are on the device already.
+        """
         first = int(np.searchsorted(self.query_starts, start, side="right")) - 1
         last = int(np.searchsorted(self.query_starts, end)) if start < end else first
         query_starts = np.clip(self.query_starts[first : last + 1], start, end) - start
@@ -91,8 +101,11 @@ class StepLayout:
         context_lens = self.context_lens[first:last].copy()
         context_lens[:1] += start - self.query_starts[first]
 
-        (slots,) = upload([self.slots[start:end]], device=torch.device(device))
-        return AttentionPart(query_starts, context_lens, self.block_tables[first:last], slots)
+        if slots is None:
+            (own,) = upload([self.slots[start:end]], device=torch.device(device))
+        else:
+            own = slots[start:end]
+        return AttentionPart(query_starts, context_lens, self.block_tables[first:last], own)
 
 
 _STATE: ContextVar[AttentionState | None] = ContextVar("nanoflow_attention_state", default=None)

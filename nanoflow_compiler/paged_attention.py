@@ -1,9 +1,12 @@
 """Paged attention: in plain PyTorch, but for decodes where a kernel reads the layer's tables."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -65,6 +68,17 @@ class Plan:
     groups: tuple[Decodes | Group, ...]
     reads: "PageReads | None" = None
     """On a GPU, all decodes."""
+
+    def with_room(self, *, num_pages: int) -> "Plan":
+        """Of nothing yet, at a place that stays: for captured steps, which are planned anew each time."""
+        assert self.reads is not None, "only what a kernel plans can be planned anew"
+        assert not self.groups, "only what a kernel plans can be planned anew"
+        return Plan((), self.reads.with_room(num_pages=num_pages))
+
+    def inputs(self, requests: Requests) -> Iterator[tuple[Tensor, npt.NDArray[np.generic]]]:
+        """Where the plan of these requests goes, and what it is."""
+        if self.reads is not None:
+            yield from zip(self.reads.tensors, self.reads.arrays(requests), strict=True)
 
 
 def plan_of(

@@ -1,7 +1,6 @@
 """A device without a model, which reads what a step is given as a model would, and an engine on it."""
 
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from nanoflow_compiler.engine.core import EngineCore
 from nanoflow_compiler.engine.grammars import Grammars
 from nanoflow_compiler.engine.limits import RequestLimits
 from nanoflow_compiler.engine.messages import EngineRequest
+from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.engine.table import RequestTable
 from nanoflow_compiler.errors import RequestError
@@ -105,11 +105,7 @@ class StubDevice:
 
     def finish(self, batch, tokens, sampled):
         self.last.update(zip(batch.slots.tolist(), tokens, strict=True))
-        sampled.set_result(
-            SimpleNamespace(
-                tokens=torch.tensor(tokens, dtype=torch.int64), logprobs=None, prompt_logprobs=None
-            )
-        )
+        sampled.set_result(Sampled(torch.tensor(tokens, dtype=torch.int64), None))
 
     def place(self, batch, owner, position):
         block = int(batch.block_tables[owner, position // self.block_size])

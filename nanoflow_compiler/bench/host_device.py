@@ -11,7 +11,7 @@ from torch import Tensor
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.logprobs import TopLogprobs
 from nanoflow_compiler.engine.runner import ModelRunner, PreparedStep
-from nanoflow_compiler.engine.sampler import Sampled
+from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.kv_cache import KVCache
 
@@ -95,7 +95,7 @@ class MeasuredRunner(ModelRunner):
 
     def _choose(self, logits: Tensor, prepared: PreparedStep, mask: "TokenMask | None") -> Sampled:
         del logits, mask
-        tokens = torch.zeros(len(prepared.slots), dtype=torch.int64)
+        tokens = torch.zeros(prepared.num_sampled, dtype=torch.int64)
         most = int(prepared.sampling.num_logprobs.max(initial=-1))
         if most < 0:
             return Sampled(tokens, None)

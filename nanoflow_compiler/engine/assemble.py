@@ -5,6 +5,7 @@ from functools import partial
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.batcher import Batcher
 from nanoflow_compiler.engine.blocks import BlockAllocator
+from nanoflow_compiler.engine.buckets import Buckets
 from nanoflow_compiler.engine.core import EngineCore
 from nanoflow_compiler.engine.engine_config import EngineConfig, EngineSizes
 from nanoflow_compiler.engine.grammars import Grammars
@@ -16,6 +17,7 @@ from nanoflow_compiler.engine.structured import GrammarCompiler
 from nanoflow_compiler.engine.table import RequestTable
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models.hf import PackedDecoder
+from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.verify import verify_packed
 
 __all__ = ["make_core"]
@@ -48,8 +50,11 @@ def make_core(
     )
     cache = KVCache.allocate(packed.layers, num_blocks=usable + 1, device=packed.device)
     step = _make_step(packed, compile_config=compile_config, keep=served.loaded)
+    runner = ModelRunner(step, cache=cache, num_slots=sizes.max_num_seqs)
+    if compile_config is not None and device.type == "cuda":
+        _capture(runner, sizes)
     return EngineCore(
-        ModelRunner(step, cache=cache, num_slots=sizes.max_num_seqs),
+        runner,
         batcher=Batcher(table, allocator, max_num_batched_tokens=sizes.max_num_batched_tokens),
         limits=limits,
         grammars=_grammars(served, vocab_size=limits.vocab_size),
@@ -65,6 +70,13 @@ def _count_blocks(packed: PackedDecoder, config: EngineConfig, sizes: EngineSize
             packed.device, gpu_memory_utilization=config.gpu_memory_utilization
         ),
     )
+
+
+def _capture(runner: ModelRunner, sizes: EngineSizes) -> None:
+    buckets = Buckets.of_sizes(max_num_seqs=sizes.max_num_seqs).all
+    with progress_bar("capture CUDA graphs", total=len(buckets)) as bar:
+        for _ in runner.capture(buckets, max_model_len=sizes.max_model_len):
+            bar.advance()
 
 
 def _grammars(served: Served, *, vocab_size: int) -> Grammars:

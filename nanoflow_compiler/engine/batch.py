@@ -1,12 +1,12 @@
 """The tokens of one step as arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from nanoflow_compiler.engine.batcher import Entries
-from nanoflow_compiler.engine.table import RequestTable
+from nanoflow_compiler.engine.table import EMPTY, RequestTable
 
 __all__ = ["Batch", "Ints"]
 
@@ -69,6 +69,58 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every request has one token, and nobody asks about prompts."""
+        return len(self.query_lens) == self.num_tokens and not len(self.prompt_rows)
+
+    def padded(self, *, num_tokens: int, num_rows: int, spare_slot: int) -> "Batch":
+        """Filled up with requests of one token, at the start of the scratch block, that nobody made.
+
+        They are computed as all others are, so that what a kernel finds for them is a number.
+        """
+        num_new = num_tokens - self.num_tokens
+        num_new_rows = num_rows - len(self.rows)
+        tables = np.zeros((num_new, self.block_tables.shape[1]), dtype=self.block_tables.dtype)
+        return replace(
+            self,
+            token_ids=_extended(self.token_ids, 0, num_new),
+            positions=_extended(self.positions, 0, num_new),
+            query_lens=_extended(self.query_lens, 1, num_new),
+            context_lens=_extended(self.context_lens, 0, num_new),
+            block_tables=np.concatenate([self.block_tables, tables]),
+            rows=_extended(self.rows, 0, num_new_rows),
+            slots=_extended(self.slots, spare_slot, num_new_rows),
+            keys=_extended(self.keys, EMPTY, num_new_rows),
+            counters=_extended(self.counters, 0, num_new_rows),
+        )
+
+    @classmethod
+    def empty(cls) -> "Batch":
+        """Of no request."""
+        none, tables = _NO_ROWS, np.zeros((0, 1), dtype=np.int32)
+        return cls(
+            token_ids=none,
+            unknown=none,
+            unknown_slots=none,
+            positions=none,
+            query_lens=none,
+            context_lens=none,
+            block_tables=tables,
+            rows=none,
+            slots=none,
+            keys=none,
+            counters=none,
+            prompt_rows=none,
+            prompt_targets=none,
+            prompt_keys=none,
+            prompt_counts=none,
+        )
+
+
+def _extended(values: Ints, value: int, count: int) -> Ints:
+    return np.concatenate([values, np.full(count, value, dtype=values.dtype)])
 
 
 def _prompt_rows(table: RequestTable, slots: Ints, *, owners: Ints, positions: Ints) -> Ints:

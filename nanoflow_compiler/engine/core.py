@@ -27,7 +27,7 @@ from nanoflow_compiler.engine.table import Bools, Ints, RequestTable
 from nanoflow_compiler.errors import RequestError
 
 if TYPE_CHECKING:
-    from nanoflow_compiler.engine.sampler import Sampled
+    from nanoflow_compiler.engine.sampled import Sampled
     from nanoflow_compiler.engine.token_mask import TokenMask
 
 __all__ = ["EngineCore"]
@@ -185,8 +185,8 @@ class EngineCore:
 
     def _collect(self, step: _UnderWay) -> StepOutput:
         batch, table = step.batch, self.table
-        sampled = step.sampled.result()
-        tokens = sampled.tokens.cpu().numpy()
+        sampled = step.sampled.result().received()
+        tokens = sampled.tokens.numpy()
         # The others ended, or were aborted, after this step had been submitted.
         alive = table.keys[batch.slots] == batch.keys
         slots, tokens, keys = batch.slots[alive], tokens[alive], batch.keys[alive]

@@ -65,8 +65,7 @@ class PromptLogprobs:
 def _rows(found: TopLogprobs, rows: Ints, counts: Ints) -> list[TokenLogprobs]:
     """Each with its token, and as many of the most likely ones as it asked for."""
     ids, values, ranks = (
-        tensor.cpu().numpy()[rows].tolist()
-        for tensor in (found.token_ids, found.logprobs, found.ranks)
+        tensor.numpy()[rows].tolist() for tensor in (found.token_ids, found.logprobs, found.ranks)
     )
     return [
         TokenLogprobs(tokens[: count + 1], logprobs[: count + 1], rank)

@@ -6,7 +6,6 @@ Which rows need which work is known on the host, so nothing here waits for the d
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +16,14 @@ from nanoflow_compiler.engine.draw import Draw, draw
 from nanoflow_compiler.engine.logit_changes import change_logits
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_logprobs
 from nanoflow_compiler.engine.noise import row_keys
+from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.upload import upload
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["sample"]
 
 Rows = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The tokens ``[S]`` of a step, on the device; rows without logprobs hold zeros there."""
-
-    tokens: Tensor
-    logprobs: TopLogprobs | None
-    prompt_logprobs: TopLogprobs | None = None
-    """Of the tokens of prompts, where they were asked for."""
 
 
 def sample(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
-__all__ = ["DecodePlan", "plan_decode"]
+__all__ = ["DecodePlan", "Int32s", "plan_decode"]
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
@@ -49,7 +49,7 @@ def plan_decode(
     counts = last_pages - first_pages + 1
     ends = np.cumsum(counts)
     starts = ends - counts
-    num_pages = int(ends[-1])
+    num_pages = int(counts.sum())
     owners = np.repeat(np.arange(len(rows)), counts)
     at = np.arange(num_pages)
     columns = at - starts[owners] + first_pages[owners]
@@ -59,7 +59,7 @@ def plan_decode(
     pages = rows[owners] << _ROW
     pages |= (is_first << _IS_FIRST) | (is_last << _IS_LAST) | (first_tokens << _FIRST_TOKEN)
     pages |= last_tokens
-    share = -(-num_pages // num_shares)
+    share = max(1, -(-num_pages // num_shares))
     return DecodePlan(
         blocks=tables[owners, columns].astype(np.int32),
         pages=pages.astype(np.int32),

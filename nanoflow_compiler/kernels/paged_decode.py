@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
-from nanoflow_compiler.kernels.decode_plan import plan_decode
+from nanoflow_compiler.kernels.decode_plan import DecodePlan, Int32s, plan_decode
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
 
@@ -57,8 +58,38 @@ class PageReads:
     pages: Tensor
     sizes: Tensor
     splits: Tensor
+    visibility: Visibility
     num_shares: int
     tiling: Tiling
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.blocks, self.pages, self.sizes, self.splits)
+
+    def with_room(self, *, num_pages: int) -> "PageReads":
+        """Of nothing yet, with room for the plan of any requests that have so many pages together."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self.blocks.device)
+
+        return replace(
+            self,
+            blocks=zeros(num_pages),
+            pages=zeros(num_pages),
+            sizes=zeros(2),
+            splits=zeros(self.num_shares, 4),
+        )
+
+    def arrays(self, requests: Requests) -> tuple[Int32s, ...]:
+        """What goes to the beginning of :attr:`tensors` with room, to serve these requests."""
+        plan = _plan(requests, visibility=self.visibility, num_shares=self.num_shares)
+        # Fewer requests are split than there are borders of shares.
+        splits = np.full((self.num_shares, 4), _NO_SPLIT, dtype=np.int32)
+        splits[: len(plan.splits)] = plan.splits
+        return (plan.blocks, plan.pages, plan.sizes, splits)
+
+
+_NO_SPLIT = -1
 
 
 def plan_pages(
@@ -69,23 +100,27 @@ def plan_pages(
     tiling: Tiling | None = None,
 ) -> PageReads | None:
     """How the requests of a part that have a single row are computed; None without any."""
-    chosen = requests.decodes
-    if not len(chosen):
+    if not len(requests.decodes):
         return None
     tiling = tiling or Tiling.of(pages)
     num_sms = torch.cuda.get_device_properties(requests.device).multi_processor_count
     num_shares = max(1, num_sms * tiling.ctas_per_sm // pages.keys.shape[1])
+    plan = _plan(requests, visibility=visibility, num_shares=num_shares)
+    arrays = (plan.blocks, plan.pages, plan.sizes, plan.splits)
+    blocks, described, sizes, splits = requests.tensors(arrays)
+    return PageReads(blocks, described, sizes, splits, visibility, num_shares, tiling)
+
+
+def _plan(requests: Requests, *, visibility: Visibility, num_shares: int) -> DecodePlan:
+    chosen = requests.decodes
     positions = requests.contexts[chosen]
-    plan = plan_decode(
+    return plan_decode(
         requests.starts[chosen],
         positions=positions,
         first_keys=visibility.first_key(positions),
         tables=requests.tables[chosen],
         num_shares=num_shares,
     )
-    arrays = (plan.blocks, plan.pages, plan.sizes, plan.splits)
-    blocks, described, sizes, splits = requests.tensors(arrays)
-    return PageReads(blocks, described, sizes, splits, num_shares, tiling)
 
 
 def attend_pages(

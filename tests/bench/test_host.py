@@ -52,7 +52,7 @@ def test_settings_of_requests_and_of_the_program_arrive(monkeypatch):
     submit = host.MeasuredRunner.submit
 
     def watched(runner, batch, sampling, **rest):
-        seen.append((sampling, runner.step.attention_parts))
+        seen.append((sampling, runner.forward.step.attention_parts))
         return submit(runner, batch, sampling, **rest)
 
     monkeypatch.setattr(host.MeasuredRunner, "submit", watched)

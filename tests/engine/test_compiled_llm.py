@@ -59,7 +59,7 @@ def check_tokens(name, **options):
     model = BUILDERS[name]()
     expected = eager_tokens(model)
     with LLM(model, options=options, max_num_batched_tokens=33) as llm:
-        assert llm._core.runner.step.num_cells == options["parts"]
+        assert llm._core.runner.forward.step.num_cells == options["parts"]
         assert tokens_of(llm) == expected
         llm._core.runner.cut = random_cut
         assert tokens_of(llm) == expected

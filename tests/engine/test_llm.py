@@ -286,7 +286,7 @@ def test_an_error_inside_a_step_leaves_no_request_behind(llm, monkeypatch):
         "b",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(llm._core.runner.step, "model", fail)
+        patch.setattr(llm._core.runner.forward.step, "model", fail)
         with pytest.raises(RuntimeError, match="boom"):
             llm.generate(prompts, GREEDY)
     assert not llm._core.has_requests

@@ -141,7 +141,7 @@ def run(runner, lengths):
     for batch in (before, now):
         if batch.num_tokens:
             runner.submit(batch, plain_sampling(len(batch.rows))).result()
-    return runner.step.logits
+    return runner.forward.step.logits
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_step_that_samples_nothing_still_stores_keys_and_tokens(packed):
     assert sampled.tokens.shape == (0,)
     assert runner.cache.keys[0][1, :4].any(-1).all()
     assert not runner.cache.keys[0][1, 4:].any()
-    assert runner.token_store[64:68].tolist() == batch.token_ids.tolist()
+    assert runner.forward.token_store[64:68].tolist() == batch.token_ids.tolist()
 
 
 def test_the_last_token_of_a_slot_is_read_on_the_device(packed):
@@ -188,7 +188,7 @@ def test_the_last_token_of_a_slot_is_read_on_the_device(packed):
     known = replace(decode, token_ids=first.result().tokens.numpy())
     expected = runner.submit(known, plain_sampling(1)).result()
     assert second.tokens.tolist() == expected.tokens.tolist()
-    assert runner.token_store[64 + 5] == first.result().tokens[0]
+    assert runner.forward.token_store[64 + 5] == first.result().tokens[0]
 
 
 def test_steps_run_in_order_and_nobody_waits(packed):
@@ -200,7 +200,7 @@ def test_steps_run_in_order_and_nobody_waits(packed):
         return packed(*arguments[:3])
 
     runner = make_runner(EagerStep(step), packed, is_threaded=True)
-    runner.step.step = step
+    runner.forward.step.step = step
     futures = []
     for size in (3, 2, 1):
         _, batch = make_batches([(0, size)])
@@ -210,7 +210,7 @@ def test_steps_run_in_order_and_nobody_waits(packed):
     for future in futures:
         future.result()
     assert order == [3, 2, 1]
-    runner.step.close = lambda: order.append("closed")
+    runner.forward.step.close = lambda: order.append("closed")
     runner.close()
     assert order[-1] == "closed"
 
@@ -257,8 +257,8 @@ def test_rows_of_prompts_are_only_looked_at(packed):
         prompt_counts=np.full(4, 2),
     )
     sampled = runner.submit(asking, plain_sampling(1)).result()
-    rows = runner.step.logits[1:].log_softmax(-1)
-    assert sampled.tokens.tolist() == [runner.step.logits[0].argmax()]
+    rows = runner.forward.step.logits[1:].log_softmax(-1)
+    assert sampled.tokens.tolist() == [runner.forward.step.logits[0].argmax()]
     expected = rows.gather(1, torch.from_numpy(asking.prompt_targets)[:, None])[:, 0]
     torch.testing.assert_close(sampled.prompt_logprobs.logprobs[:, 0], expected)
     assert sampled.prompt_logprobs.token_ids.shape == (4, 3)

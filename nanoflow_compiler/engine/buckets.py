@@ -1,0 +1,61 @@
+"""The sizes for which steps are captured: a batch is filled up to the next one."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from nanoflow_compiler.engine.batch import Batch
+
+__all__ = ["Bucket", "Buckets"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A captured size."""
+
+    num_tokens: int
+    num_rows: int
+    """Of logits; all of them are sampled."""
+    has_prompts: bool = False
+    """Requests may have several tokens; else each has one."""
+
+    def holds(self, batch: Batch) -> bool:
+        fits = batch.num_tokens <= self.num_tokens and len(batch.rows) <= self.num_rows
+        return fits and not len(batch.prompt_rows)
+
+    def fill(self, batch: Batch, *, spare_slot: int) -> Batch:
+        """The batch with requests that nobody made, up to this size."""
+        return batch.padded(
+            num_tokens=self.num_tokens, num_rows=self.num_rows, spare_slot=spare_slot
+        )
+
+
+class Buckets:
+    """Those that are captured."""
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self.all = tuple(sorted(buckets))
+
+    def find(self, batch: Batch) -> Bucket | None:
+        """The smallest that holds the batch; None for a batch that runs uncaptured."""
+        found = (bucket for bucket in self.all if bucket.has_prompts == (not batch.is_decode))
+        return next((bucket for bucket in found if bucket.holds(batch)), None)
+
+    @classmethod
+    def of_sizes(cls, *, max_num_seqs: int) -> "Buckets":
+        """For up to ``max_num_seqs`` requests that decode."""
+        return cls(Bucket(size, size) for size in _decode_sizes(max_num_seqs))
+
+
+_STEPS: Sequence[tuple[int, int]] = ((16, 8), (128, 16), (256, 32), (1 << 30, 64))
+"""Up to a size, multiples of a step: a small share is filled up where a step is not short anyway."""
+
+
+def _decode_sizes(most: int) -> Iterator[int]:
+    """1, 2, 4, 8, then in steps that grow, up to ``most``."""
+    yield from (size for size in (1, 2, 4) if size < most)
+    size = 8
+    for end, step in _STEPS:
+        while size < min(end, most):
+            yield size
+            size += step
+    yield most
