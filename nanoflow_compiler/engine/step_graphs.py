@@ -165,7 +165,7 @@ class StepGraphs:
 
     def _with_room(self, part: int, plans: Plans, *, bucket: Bucket) -> Plans:
         """The plans of a part with room for any batch of the bucket, shared by all buckets."""
-        placed = {}
+        placed: Plans = {}
         for key, plan in plans.items():
             if not isinstance(plan, Plan):
                 continue
