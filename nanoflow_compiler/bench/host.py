@@ -104,9 +104,9 @@ class _Load:
     def measure(self) -> dict[str, Any]:
         """The results as JSON has them."""
         self.device.seconds = self.settings.step_time_ms / 1000
-        self._step()  # the device still had steps that took no time
-        self.runner.num_idle, start = 0, time.perf_counter()
         with progress("steps", total=self.settings.num_steps) as advance:
+            self._step()  # the device still had steps that took no time
+            self.runner.num_idle, start = 0, time.perf_counter()
             steps = []
             for _ in range(self.settings.num_steps):
                 steps.append(self._step())
