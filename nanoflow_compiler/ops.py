@@ -17,7 +17,7 @@ from nanoflow_compiler.attention_plan import Visibility
 from nanoflow_compiler.attention_state import current_state
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.experts import ExpertWeights, run_experts
-from nanoflow_compiler.paged_attention import attend
+from nanoflow_compiler.paged_attention import append, attend
 from nanoflow_compiler.scoring import Scoring
 
 __all__ = ["attention", "kv_append", "moe_experts", "paged_attention"]
@@ -43,7 +43,7 @@ def _define(schema: str, *, kernel: Kernel, fake: Kernel) -> Kernel:
 
 def _kv_append(key: Tensor, value: Tensor, layer: int, part: int) -> Tensor:
     state = current_state()
-    state.cache.append(key, value, layer=layer, places=state.parts[part].places)
+    append(key, value, cache=state.cache, layer=layer, part=state.parts[part])
     return key.new_empty(0)
 
 

@@ -26,7 +26,16 @@ from nanoflow_compiler.scoring import Scoring
 if TYPE_CHECKING:
     from nanoflow_compiler.kernels.paged_decode import PageReads
 
-__all__ = ["Plan", "attend", "plan_of"]
+__all__ = ["Plan", "append", "attend", "plan_of"]
+
+
+def append(key: Tensor, value: Tensor, *, cache: KVCache, layer: int, part: AttentionPart) -> None:
+    """Store keys and values ``[T, KV heads, dim]`` of a part where its slots say."""
+    tables = cache.tables[layer]
+    if isinstance(tables, HeadPages):
+        _gpu("append").append_pages(key, value, tables, slots=part.slots)
+    else:
+        cache.append(key, value, layer=layer, places=part.places)
 
 
 def attend(
@@ -55,7 +64,7 @@ def attend(
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     if plan.reads is not None:
         assert isinstance(tables, HeadPages)
-        _gpu().attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+        _gpu("paged_decode").attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
     for rows in plan.groups:
         out[rows.rows] = attended(query[rows.rows], rows)
     return out
@@ -109,16 +118,16 @@ def _plan(
 ) -> Plan:
     tiles = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, HeadPages):
-        return Plan(tiles, _gpu().plan_pages(requests, tables, visibility=visibility))
+        return Plan(tiles, _gpu("paged_decode").plan_pages(requests, tables, visibility=visibility))
     if isinstance(tables, RowTables):
         sums = plan_sums(requests, visibility=visibility, heads=heads)
         return Plan((sums, *tiles) if sums else tiles)
     return Plan((*plan_decodes(requests, visibility=visibility), *tiles))
 
 
-def _gpu() -> Any:
+def _gpu(kernel: str) -> Any:
     """Triton is there where CUDA is."""
-    return import_module("nanoflow_compiler.kernels.paged_decode")
+    return import_module(f"nanoflow_compiler.kernels.{kernel}")
 
 
 def _attend_group(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampler import sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
+from nanoflow_compiler.engine.step_clock import StepClock
 from nanoflow_compiler.engine.step_graphs import StepGraphs
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
 from nanoflow_compiler.engine.token_mask import TokenMask
@@ -70,6 +72,8 @@ class ModelRunner:
         self.cache = cache
         self.cut = cut
         self.graphs: StepGraphs | None = None
+        self.clock: StepClock | None = None
+        """Of who wants to know when steps ran on a GPU."""
         threaded = cache.device.type != "cpu" if is_threaded is None else is_threaded
         self._worker = (
             ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device") if threaded else None
@@ -134,8 +138,9 @@ class ModelRunner:
         return partial(self.forward, inputs, state=state, cuts=cuts), inputs
 
     def _run(self, prepared: PreparedStep, mask: "Future[TokenMask] | None") -> Sampled:
-        logits = prepared.run()
-        return self._choose(logits, prepared, mask.result() if mask else None)
+        with self.clock.step() if self.clock else nullcontext():
+            logits = prepared.run()
+            return self._choose(logits, prepared, mask.result() if mask else None)
 
     def _run_here(
         self, prepared: PreparedStep, mask: "Future[TokenMask] | None"
