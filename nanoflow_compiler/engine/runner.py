@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampler import sample
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
-from nanoflow_compiler.engine.step_clock import StepClock
 from nanoflow_compiler.engine.step_graphs import StepGraphs
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
 from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.kv_cache import KVCache
 from nanoflow_compiler.upload import upload
+
+if TYPE_CHECKING:
+    from nanoflow_compiler.engine.step_clock import StepClock
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
 
@@ -72,7 +75,7 @@ class ModelRunner:
         self.cache = cache
         self.cut = cut
         self.graphs: StepGraphs | None = None
-        self.clock: StepClock | None = None
+        self.clock: "StepClock | None" = None
         """Of who wants to know when steps ran on a GPU."""
         threaded = cache.device.type != "cpu" if is_threaded is None else is_threaded
         self._worker = (

@@ -1,6 +1,5 @@
 """Stores the keys and values of a step in the pages of a layer: one launch, a thread block for each token."""
 
-from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -15,7 +14,7 @@ __all__ = ["append_pages"]
 def append_pages(key: Tensor, value: Tensor, pages: HeadPages, *, slots: Tensor) -> None:
     """Write ``key [T, KV heads, dim]`` and ``value [T, KV heads, v dim]`` at ``slots [T]``."""
     key, value = _rows(key), _rows(value)
-    launcher: Callable[..., None] = _append[(len(slots),)]
+    launcher: Any = _append[(len(slots),)]
     heads, dim, v_dim = key.shape[1], key.shape[2], value.shape[2]
     sizes: dict[str, Any] = {
         "HEADS": heads,
