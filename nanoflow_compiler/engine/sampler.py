@@ -2,8 +2,8 @@
 
 A token is a function of its logits, the request's seed and the token's number in the output: the
 noise that picks it comes from counters, not from a generator that other requests advance.
-On a GPU one kernel's launches serve all rows, whatever they ask for. Elsewhere rows are grouped by the
-work that they need, which is known on the host. Nothing here waits for the device.
+On a GPU the same kernels serve all rows, whatever they ask for. Elsewhere rows are grouped by the work
+that they need, which is known on the host. Nothing here waits for the device.
 """
 
 from collections.abc import Iterator
