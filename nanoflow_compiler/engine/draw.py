@@ -22,7 +22,10 @@ _RACED_ON_CPU = 2**18
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How rows are drawn, as columns ``[rows, 1]`` on the device of the logits."""
+    """How rows are drawn, as columns ``[rows, 1]`` on the device of the logits.
+
+    The kernel takes them as ``[rows]``, with those of greedy rows among them.
+    """
 
     temperature: Tensor
     least: Tensor

@@ -2,10 +2,13 @@
 
 A token is a function of its logits, the request's seed and the token's number in the output: the
 noise that picks it comes from counters, not from a generator that other requests advance.
-Which rows need which work is known on the host, so nothing here waits for the device.
+On a GPU the same kernels serve all rows, whatever they ask for. Elsewhere rows are grouped by the work
+that they need, which is known on the host. Nothing here waits for the device.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nanoflow_compiler.engine.draw import Draw, draw
+from nanoflow_compiler.engine.draw_columns import draw_columns
 from nanoflow_compiler.engine.logit_changes import change_logits
 from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS, TopLogprobs, top_logprobs
-from nanoflow_compiler.engine.noise import row_keys
 from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
@@ -39,18 +42,33 @@ def sample(
 
 
 def _chosen(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    if logits.device.type == "cuda" and batch.num_rows:
+        columns = draw_columns(batch, logits.shape[-1])
+        settings = Draw(*upload(columns.arrays, device=logits.device))
+        tokens: Tensor = _kernels().choose_tokens(logits, settings)
+        return tokens
+    return _chosen_by_torch(logits, batch)
+
+
+def _kernels() -> Any:
+    """Imported where it is used, because it imports Triton."""
+    return import_module("nanoflow_compiler.kernels.choose")
+
+
+def _chosen_by_torch(logits: Tensor, batch: SamplingBatch) -> Tensor:
     is_greedy = batch.is_greedy
     if is_greedy.all():
         return logits.argmax(-1)
     tokens = logits.argmax(-1) if is_greedy.any() else torch.zeros_like(logits[:, 0]).long()
     groups = list(_groups(batch, num_tokens=logits.shape[-1]))
     rows = np.concatenate([rows for rows, _ in groups])
-    there = upload((rows, *_draw_columns(batch, rows, logits.shape[-1])), device=logits.device)
+    columns = draw_columns(batch, logits.shape[-1])
+    there = upload((rows, *(array[rows] for array in columns.arrays)), device=logits.device)
     begin = 0
     for group, num_ordered in groups:
         part = slice(begin, begin := begin + len(group))
-        index, *columns = (column[part] for column in there)
-        settings = Draw(*(column[:, None] for column in columns))
+        index, *own = (column[part] for column in there)
+        settings = Draw(*(column[:, None] for column in own))
         tokens.index_copy_(0, index, draw(logits[index], settings, num_ordered=num_ordered))
     return tokens
 
@@ -76,22 +94,6 @@ def _parts(chosen: npt.NDArray[np.bool_], *, num_tokens: int) -> Iterator[Rows]:
     rows = np.flatnonzero(chosen)
     size = max(1, MAX_ELEMENTS // num_tokens)
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _draw_columns(
-    batch: SamplingBatch, rows: Rows, num_tokens: int
-) -> tuple[npt.NDArray[np.generic], ...]:
-    """The fields of :class:`Draw` for these rows."""
-    top_k = batch.top_k[rows]
-    with np.errstate(divide="ignore"):
-        least = np.log(batch.min_p[rows])
-    return (
-        batch.temperature[rows],
-        least,
-        np.where(top_k > 0, np.minimum(top_k, num_tokens), num_tokens),
-        batch.top_p[rows].astype(np.float64),
-        *row_keys(batch.seeds[rows], batch.counters[rows]),
-    )
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, *, batch: SamplingBatch) -> TopLogprobs | None:
