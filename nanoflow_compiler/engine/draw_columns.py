@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DrawColumns:
     """The fields of :class:`~nanoflow_compiler.engine.draw.Draw` over all ``S`` rows, on the host."""
 
@@ -29,6 +29,18 @@ class DrawColumns:
     key_low: Halves
     key_high: Halves
 
+    def padded(self, num_rows: int) -> "DrawColumns":
+        """With greedy rows behind."""
+        num_new = num_rows - len(self.temperature)
+        behind = _greedy(num_new).arrays
+        pairs = zip(self.arrays, behind, strict=True)
+        return DrawColumns(*(np.concatenate(pair) for pair in pairs))
+
+    @classmethod
+    def none(cls) -> "DrawColumns":
+        """Of no row."""
+        return _greedy(0)
+
     @property
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """In the order of the fields, to be uploaded together."""
@@ -40,6 +52,17 @@ class DrawColumns:
             self.key_low,
             self.key_high,
         )
+
+
+def _greedy(num_rows: int) -> DrawColumns:
+    return DrawColumns(
+        temperature=np.zeros(num_rows, dtype=np.float32),
+        least=np.full(num_rows, -np.inf, dtype=np.float32),
+        limit=np.ones(num_rows, dtype=np.int64),
+        top_p=np.ones(num_rows, dtype=np.float64),
+        key_low=np.zeros(num_rows, dtype=np.int32),
+        key_high=np.zeros(num_rows, dtype=np.int32),
+    )
 
 
 def draw_columns(batch: SamplingBatch, num_tokens: int) -> DrawColumns:

@@ -48,6 +48,8 @@ class PreparedStep:
     num_sampled: int
     num_prompt_logprobs: int
     sampling: SamplingBatch
+    drawn: Tensor | None = None
+    """The tokens, where they are chosen in ``run``."""
 
 
 class ModelRunner:
@@ -112,20 +114,14 @@ class ModelRunner:
         self.forward.close()
 
     def _prepare(self, batch: Batch, sampling: SamplingBatch) -> PreparedStep:
-        run, inputs = self._captured(batch) or self._launched(batch)
-        return PreparedStep(
-            run=run,
-            inputs=inputs,
-            num_sampled=len(batch.slots),
-            num_prompt_logprobs=int(batch.prompt_counts.max(initial=0)),
-            sampling=sampling,
-        )
-
-    def _captured(self, batch: Batch) -> tuple[Callable[[], Tensor], StepInputs[Tensor]] | None:
-        ready = self.graphs.ready(batch) if self.graphs else None
+        ready = self.graphs.ready(batch, sampling) if self.graphs else None
         if self.graphs is None or ready is None:
-            return None
-        return partial(self.graphs.run, ready), ready.step.inputs
+            run, inputs = self._launched(batch)
+            return _prepared(run, inputs, batch, sampling)
+        step = ready.step
+        return _prepared(
+            partial(self.graphs.run, ready), step.inputs, batch, sampling, drawn=step.tokens
+        )
 
     def _launched(self, batch: Batch) -> tuple[Callable[[], Tensor], StepInputs[Tensor]]:
         step, device = self.forward.step, self.cache.device
@@ -167,11 +163,35 @@ class ModelRunner:
     @torch.inference_mode()
     def _choose(self, logits: Tensor, prepared: PreparedStep, mask: TokenMask | None) -> Sampled:
         num, forward, inputs = prepared.num_sampled, self.forward, prepared.inputs
+        drawn = None if prepared.drawn is None else prepared.drawn[:num]
         sampled = sample(
-            logits[:num], prepared.sampling, token_store=forward.token_store, mask=mask
+            logits[:num],
+            prepared.sampling,
+            token_store=forward.token_store,
+            mask=mask,
+            drawn=drawn,
         )
-        forward.last_tokens[inputs.slots[:num]] = sampled.tokens
+        if sampled.tokens is not drawn:
+            forward.last_tokens[inputs.slots[:num]] = sampled.tokens
         if len(inputs.targets):
             found = prompt_logprobs(logits[num:], inputs.targets, num=prepared.num_prompt_logprobs)
             sampled = replace(sampled, prompt_logprobs=found)
         return sampled.sent()
+
+
+def _prepared(
+    run: Callable[[], Tensor],
+    inputs: StepInputs[Tensor],
+    batch: Batch,
+    sampling: SamplingBatch,
+    *,
+    drawn: Tensor | None = None,
+) -> PreparedStep:
+    return PreparedStep(
+        run=run,
+        inputs=inputs,
+        num_sampled=len(batch.slots),
+        num_prompt_logprobs=int(batch.prompt_counts.max(initial=0)),
+        sampling=sampling,
+        drawn=drawn,
+    )

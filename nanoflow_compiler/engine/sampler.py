@@ -8,7 +8,6 @@ that they need, which is known on the host. Nothing here waits for the device.
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,35 +23,42 @@ from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.upload import upload
 
-__all__ = ["sample"]
+__all__ = ["draw_on_gpu", "sample"]
 
 Rows = npt.NDArray[np.int64]
 
 
 def sample(
-    logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: TokenMask | None
+    logits: Tensor,
+    batch: SamplingBatch,
+    *,
+    token_store: Tensor,
+    mask: TokenMask | None,
+    drawn: Tensor | None = None,
 ) -> Sampled:
     """Choose from ``logits [S, V]`` (float32), which are left unchanged.
 
-    ``token_store`` holds the token of every slot of the KV cache.
+    ``token_store`` holds the token of every slot of the KV cache. ``drawn`` are tokens that a captured
+    step has drawn from the logits as they are: they count if nobody wants the logits changed.
     """
     changed = change_logits(logits, batch, token_store=token_store, mask=mask)
-    tokens = _chosen(changed, batch)
+    tokens = drawn if changed is logits and drawn is not None else _chosen(changed, batch)
     return Sampled(tokens, _logprobs(logits, tokens, batch=batch))
+
+
+def draw_on_gpu(logits: Tensor, settings: Draw) -> Tensor:
+    """A token of each row, whatever the columns ``[S]`` of settings say."""
+    # Imported where it is used, because it imports Triton.
+    kernels = import_module("nanoflow_compiler.kernels.choose")
+    tokens: Tensor = kernels.choose_tokens(logits, settings)
+    return tokens
 
 
 def _chosen(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if logits.device.type == "cuda" and batch.num_rows:
         columns = draw_columns(batch, logits.shape[-1])
-        settings = Draw(*upload(columns.arrays, device=logits.device))
-        tokens: Tensor = _kernels().choose_tokens(logits, settings)
-        return tokens
+        return draw_on_gpu(logits, Draw(*upload(columns.arrays, device=logits.device)))
     return _chosen_by_torch(logits, batch)
-
-
-def _kernels() -> Any:
-    """Imported where it is used, because it imports Triton."""
-    return import_module("nanoflow_compiler.kernels.choose")
 
 
 def _chosen_by_torch(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -18,11 +18,15 @@ from nanoflow_compiler.attention_plan import Requests
 from nanoflow_compiler.attention_state import AttentionPart, AttentionState, StepLayout
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.buckets import Bucket, Buckets
+from nanoflow_compiler.engine.draw import Draw
+from nanoflow_compiler.engine.draw_columns import DrawColumns, draw_columns
 from nanoflow_compiler.engine.forward import Forward
+from nanoflow_compiler.engine.sampler import draw_on_gpu
+from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 from nanoflow_compiler.paged_attention import Plan
-from nanoflow_compiler.upload import Array, Staged, num_bytes, stage, views
+from nanoflow_compiler.upload import Array, num_bytes, stage, views
 
 __all__ = ["CapturedStep", "ReadyStep", "StepGraphs"]
 
@@ -37,8 +41,11 @@ class CapturedStep:
 
     graph: torch.cuda.CUDAGraph
     inputs: StepInputs[Tensor]
+    draw: Draw
     parts: tuple[AttentionPart, ...]
     logits: Tensor
+    tokens: Tensor
+    """Drawn from the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ class StepGraphs:
             yield bucket
         self.buckets = Buckets(self._captured)
 
-    def ready(self, batch: Batch) -> ReadyStep | None:
+    def ready(self, batch: Batch, sampling: SamplingBatch) -> ReadyStep | None:
         """The captured step for a batch and its inputs; None if there is none."""
         bucket = self.buckets.find(batch)
         if bucket is None:
@@ -92,12 +99,13 @@ class StepGraphs:
             for part, captured in zip(parts, step.parts, strict=True)
             for pair in _plan_inputs(Requests.of(part), captured.plans.values())
         ]
-        num_inputs = len(inputs.arrays)
-        staged = stage([*inputs.arrays, *(array for _, array in plans)], is_pinned=True)
-        arrays = views(staged.memory, staged.forms)[num_inputs:]
+        columns = draw_columns(sampling, step.logits.shape[-1]).padded(bucket.num_rows)
+        fixed = (*inputs.arrays, *columns.arrays)
+        staged = stage([*fixed, *(array for _, array in plans)], is_pinned=True)
+        arrays = views(staged.memory, staged.forms)[len(fixed) :]
         return ReadyStep(
             step=step,
-            inputs=staged.memory[: num_bytes(staged.forms[:num_inputs])],
+            inputs=staged.memory[: num_bytes(staged.forms[: len(fixed)])],
             plans=tuple((there, here) for (there, _), here in zip(plans, arrays, strict=True)),
         )
 
@@ -132,9 +140,9 @@ class StepGraphs:
 
     def _capture(self, bucket: Bucket) -> CapturedStep:
         layout, arrays = self._inputs(bucket, Batch.empty())
-        inputs = self._place(stage(arrays.arrays, is_pinned=True))
+        inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
         parts = self._parts(bucket, layout, slots=inputs.kv_slots)
-        self._run(bucket, inputs, parts)  # compiles, and plans what has no room yet
+        self._run(bucket, inputs, draw, parts)  # compiles, and plans what has no room yet
         placed = tuple(
             replace(part, plans=self._with_room(at, part.plans, bucket=bucket))
             for at, part in enumerate(parts)
@@ -145,23 +153,36 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._run(bucket, inputs, placed)
-        return CapturedStep(graph, inputs, placed, logits)
+            logits, tokens = self._run(bucket, inputs, draw, placed)
+        return CapturedStep(graph, inputs, draw, placed, logits, tokens)
 
+    @torch.inference_mode()
     def _run(
-        self, bucket: Bucket, inputs: StepInputs[Tensor], parts: tuple[AttentionPart, ...]
-    ) -> Tensor:
+        self,
+        bucket: Bucket,
+        inputs: StepInputs[Tensor],
+        draw: Draw,
+        parts: tuple[AttentionPart, ...],
+    ) -> tuple[Tensor, Tensor]:
         forward = self.forward
         cuts = self._cut(bucket.num_tokens, forward.step.num_cells)
-        return forward(inputs, state=AttentionState(forward.cache, parts), cuts=cuts)
+        logits = forward(inputs, state=AttentionState(forward.cache, parts), cuts=cuts)
+        tokens = draw_on_gpu(logits, draw)
+        forward.last_tokens[inputs.slots] = tokens
+        return logits, tokens
 
-    def _place(self, staged: Staged) -> StepInputs[Tensor]:
+    def _place(
+        self, inputs: StepInputs[Any], columns: DrawColumns
+    ) -> tuple[StepInputs[Tensor], Draw]:
         """All buckets have their inputs at the beginning of the same memory."""
+        num_inputs = len(inputs.arrays)
+        staged = stage([*inputs.arrays, *columns.arrays], is_pinned=True)
         if len(self._memory) < len(staged.memory):
             assert not self._captured, "the largest bucket is captured first"
             self._memory = torch.empty_like(staged.memory, device=self._memory.device)
         self._memory[: len(staged.memory)].copy_(staged.memory)
-        return StepInputs.of(views(self._memory, staged.forms))
+        placed = views(self._memory, staged.forms)
+        return StepInputs.of(placed[:num_inputs]), Draw(*placed[num_inputs:])
 
     def _with_room(self, part: int, plans: Plans, *, bucket: Bucket) -> Plans:
         """The plans of a part with room for any batch of the bucket, shared by all buckets."""

@@ -15,7 +15,7 @@ def random(*shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads,dim,v_dim", SHAPES)
+@pytest.mark.parametrize(("heads", "dim", "v_dim"), SHAPES)
 @pytest.mark.parametrize("is_slice", [False, True])
 def test_equals_indexing(heads, dim, v_dim, dtype, is_slice):
     from nanoflow_compiler.kernels.append import append_pages
