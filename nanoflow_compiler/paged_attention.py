@@ -1,4 +1,4 @@
-"""Paged attention: in plain PyTorch, but for decodes where a kernel reads the layer's tables."""
+"""Paged attention: in plain PyTorch where no kernel reads the layer's tables."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +22,7 @@ from nanoflow_compiler.scoring import Scoring
 
 if TYPE_CHECKING:
     from nanoflow_compiler.kernels.paged_decode import PageReads
+    from nanoflow_compiler.kernels.paged_prefill import PromptTiles
 
 __all__ = ["Plan", "attend", "plan_of"]
 
@@ -47,12 +48,17 @@ def attend(
         result = _attend_group(query, keys=keys, values=values, group=rows, scoring=scoring)
         return result.view(*query.shape[:2], values.shape[-1])
 
-    if len(plan.groups) == 1 and plan.reads is None:
+    if len(plan.groups) == 1:
         return attended(query, plan.groups[0])
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     if plan.reads is not None:
         assert isinstance(tables, HeadPages)
-        _gpu().attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+        _gpu("paged_decode").attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+    if plan.tiles is not None:
+        assert isinstance(tables, HeadPages)
+        _gpu("paged_prefill").attend_prompts(
+            query, tables, tiles=plan.tiles, scoring=scoring, out=out
+        )
     for rows in plan.groups:
         out[rows.rows] = attended(query[rows.rows], rows)
     return out
@@ -65,6 +71,8 @@ class Plan:
     groups: tuple[Decodes | Group, ...]
     reads: "PageReads | None" = None
     """On a GPU, all decodes."""
+    tiles: "PromptTiles | None" = None
+    """On a GPU, all requests with several rows; then there are no groups."""
 
 
 def plan_of(
@@ -93,18 +101,22 @@ def _plan(
     heads: Heads,
     tables: RowTables | HeadPages | None,
 ) -> Plan:
-    tiles = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, HeadPages):
-        return Plan(tiles, _gpu().plan_pages(requests, tables, visibility=visibility))
+        plan_pages = _gpu("paged_decode").plan_pages
+        plan_prompts = _gpu("paged_prefill").plan_prompts
+        reads = plan_pages(requests, tables, visibility=visibility)
+        tiles = plan_prompts(requests, tables, num_heads=heads.num_heads, visibility=visibility)
+        return Plan((), reads, tiles)
+    prompts = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, RowTables):
         sums = plan_sums(requests, visibility=visibility, heads=heads)
-        return Plan((sums, *tiles) if sums else tiles)
-    return Plan((*plan_decodes(requests, visibility=visibility), *tiles))
+        return Plan((sums, *prompts) if sums else prompts)
+    return Plan((*plan_decodes(requests, visibility=visibility), *prompts))
 
 
-def _gpu() -> Any:
+def _gpu(name: str) -> Any:
     """Triton is there where CUDA is."""
-    return import_module("nanoflow_compiler.kernels.paged_decode")
+    return import_module(f"nanoflow_compiler.kernels.{name}")
 
 
 def _attend_group(
