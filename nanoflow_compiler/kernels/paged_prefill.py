@@ -64,7 +64,7 @@ class PromptTiling:
         Float32 is multiplied without tensor cores, by code that grows with the rows of a tile.
         """
         if pages.keys.dtype is torch.float32:
-            return cls(rows=LEAST_SIDE, num_warps=4, num_stages=1)
+            return cls(rows=LEAST_SIDE, num_stages=1, lags=False)
         most = cls()
         sizes = (width(pages.keys), width(pages.values))
         row_bytes = sum(sizes) * pages.keys.element_size()
