@@ -10,7 +10,7 @@ PyTorch's flash attention of contiguous keys and values, which are first repeate
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -116,49 +116,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--flashinfer", nargs="*", default=["fa2", "fa3"], help="its backends")
     options = parser.parse_args()
     results = []
     for shape in SHAPES:
         problem = Problem.random(*shape)
-        for name, call, out in contenders(problem):
+        for name, make in contenders(problem, backends=options.flashinfer):
             row = {"requests": shape[0], "rows": shape[1], "context": shape[2], "name": name}
-            results.append(row | measure(problem, call, out, seconds=options.seconds))
+            results.append(row | measure(problem, make, seconds=options.seconds))
             print_row(results[-1])
     if options.output:
         report = {**environment(), "results": results}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(
-    problem: Problem, call: Callable[[], Any], out: Tensor | None, *, seconds: float
-) -> dict[str, Any]:
-    """Time, energy and rate, and the error of what is written."""
-    time = measure_sustained([call] * NUM_CALLS, seconds=seconds)
-    error = None if out is None else problem.relative_error(out)
+@dataclass(frozen=True)
+class Contender:
+    """A call, and what it writes."""
+
+    call: Callable[[], Any]
+    out: Tensor | None
+
+
+def measure(problem: Problem, make: Callable[[], Contender], *, seconds: float) -> dict[str, Any]:
+    """Time, energy and rate, and the error of what is written; or why there is none of this."""
+    try:
+        contender = make()
+        time = measure_sustained([contender.call] * NUM_CALLS, seconds=seconds)
+    except Exception as error:  # what does not fit or is not built should not cost the rest
+        return {"failed": repr(error)}
+    relative = None if contender.out is None else problem.relative_error(contender.out)
     rate = problem.num_flops / time.us / 1e6
-    return {**asdict(time), "tflop_per_s": rate, "relative_error": error}
+    return {**asdict(time), "tflop_per_s": rate, "relative_error": relative}
 
 
-Contender = tuple[str, Callable[[], Any], Tensor | None]
-"""Its name, a call, and what the call writes."""
-
-
-def contenders(problem: Problem) -> Iterator[Contender]:
+def contenders(
+    problem: Problem, *, backends: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], Contender]]]:
     """Our kernel by tiling, then the others."""
-    requests = Requests.of(problem.layout.part(0, len(problem.query), device="cuda"))
     for tiling in TILINGS:
-        tiles = plan_prompts(
-            requests, problem.pages, num_heads=HEADS, visibility=Visibility(), tiling=tiling
-        )
-        assert tiles
-        out = torch.full_like(problem.query, torch.nan)
-        call = partial(attend_prompts, problem.query, problem.pages, tiles=tiles, scoring=SCORING)
-        yield _text(tiling), partial(call, out=out), out
+        yield _text(tiling), partial(ours, problem, tiling=tiling)
     if find_spec("flashinfer"):
-        for backend in ("fa2", "fa3"):
-            yield flashinfer(problem, backend=backend)
+        for backend in backends:
+            yield f"flashinfer {backend}", partial(flashinfer, problem, backend=backend)
     if not problem.context:
-        yield flash_of_torch(problem)
+        yield "torch flash", partial(flash_of_torch, problem)
+
+
+def ours(problem: Problem, *, tiling: PromptTiling) -> Contender:
+    """Planned once."""
+    requests = Requests.of(problem.layout.part(0, len(problem.query), device="cuda"))
+    tiles = plan_prompts(
+        requests, problem.pages, num_heads=HEADS, visibility=Visibility(), tiling=tiling
+    )
+    assert tiles
+    out = torch.full_like(problem.query, torch.nan)
+    call = partial(attend_prompts, problem.query, problem.pages, tiles=tiles, scoring=SCORING)
+    return Contender(partial(call, out=out), out)
 
 
 def flashinfer(problem: Problem, *, backend: str) -> Contender:
@@ -186,7 +200,7 @@ def flashinfer(problem: Problem, *, backend: str) -> Contender:
     )
     out = torch.full_like(problem.query, torch.nan)
     pages = (problem.pages.keys, problem.pages.values)
-    return f"flashinfer {backend}", partial(wrapper.run, problem.query, pages, out=out), out
+    return Contender(partial(wrapper.run, problem.query, pages, out=out), out)
 
 
 def flash_of_torch(problem: Problem) -> Contender:
@@ -204,7 +218,7 @@ def flash_of_torch(problem: Problem) -> Contender:
                 batch, keys, values, is_causal=True, scale=SCORING.scale
             )
 
-    return "torch flash", call, None
+    return Contender(call, None)
 
 
 def _int32s(values: np.ndarray) -> Tensor:
@@ -213,10 +227,13 @@ def _int32s(values: np.ndarray) -> Tensor:
 
 def print_row(row: dict[str, Any]) -> None:
     """One line."""
+    what = f"{row['requests']:>3} x {row['rows']:<4} after {row['context']:<4} {row['name']:<40}"
+    if "failed" in row:
+        print(f"{what} {row['failed']:.200}", flush=True)
+        return
     error = "" if row["relative_error"] is None else f", error {row['relative_error']:.1e}"
     print(
-        f"{row['requests']:>3} x {row['rows']:<4} after {row['context']:<4} {row['name']:<32} "
-        f"{row['us']:8.1f} us {row['tflop_per_s']:5.0f} TFLOP/s {row['joules']:6.3f} J "
+        f"{what} {row['us']:8.1f} us {row['tflop_per_s']:5.0f} TFLOP/s {row['joules']:6.3f} J "
         f"{row['watts']:4.0f} W {row['sm_mhz']:5.0f} MHz{error}",
         flush=True,
     )

@@ -316,6 +316,6 @@ def _attend_tiles(
             normaliser, sums = add_sink(greatest, normaliser, sums, sink)
         tl.store(
             out_ptr + ((token_rows * NUM_HEADS + heads) * V_DIM)[:, None] + v_dims[None, :],
-            (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty),
+            (sums * (1 / normaliser)[:, None]).to(out_ptr.dtype.element_ty),
             mask=is_row[:, None] & (v_dims < V_DIM)[None, :],
         )
