@@ -81,6 +81,11 @@ class Requests:
         """Requests with a single row."""
         return np.flatnonzero(np.diff(self.starts) == 1)
 
+    @property
+    def prompts(self) -> Ints:
+        """Requests with several rows."""
+        return np.flatnonzero(np.diff(self.starts) > 1)
+
     def blocks_of(self, requests: Ints, *, columns: Ints) -> Ints:
         """Block numbers ``[R, columns]``; past the end of the tables, any."""
         blocks: Ints = self.tables[requests[:, None], np.minimum(columns, self.tables.shape[1] - 1)]

@@ -56,7 +56,7 @@ class RowTables:
 
 @dataclass(frozen=True, slots=True)
 class HeadPages:
-    """The pools of a layer as pages of heads, for ``kernels.paged_decode``: ``[blocks, heads, 64, dim]``."""
+    """The pools of a layer as pages of heads, for ``kernels``: ``[blocks, heads, 64, dim]``."""
 
     keys: Tensor
     values: Tensor
@@ -69,7 +69,7 @@ class KVCache:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     tables: tuple[RowTables | HeadPages | None, ...]
-    """The same memory as the kernel of decodes reads it, where there is one for the layer.
+    """The same memory as kernels read it, where there is one for the layer.
 
     The order in a block is the kernel's, and only strides say so. On a CPU a block of float32 keys is
     ``[heads, head_dim, 64]``; on a GPU, keys and values are ``[heads, 64, dim]``.

@@ -1,7 +1,7 @@
-"""Paged attention: in plain PyTorch, but for decodes where a kernel reads the layer's tables."""
+"""Paged attention: in plain PyTorch where no kernel reads the layer's tables."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from nanoflow_compiler.scoring import Scoring
 
 if TYPE_CHECKING:
     from nanoflow_compiler.kernels.paged_decode import PageReads
+    from nanoflow_compiler.kernels.paged_prefill import PromptTiles
 
-__all__ = ["Plan", "append", "attend", "plan_of"]
+__all__ = ["Plan", "PlanKey", "Room", "append", "attend", "plan_of"]
 
 
 def append(key: Tensor, value: Tensor, *, cache: KVCache, layer: int, part: AttentionPart) -> None:
@@ -59,12 +60,17 @@ def attend(
         result = _attend_group(query, keys=keys, values=values, group=rows, scoring=scoring)
         return result.view(*query.shape[:2], values.shape[-1])
 
-    if len(plan.groups) == 1 and plan.reads is None:
+    if len(plan.groups) == 1:
         return attended(query, plan.groups[0])
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     if plan.reads is not None:
         assert isinstance(tables, HeadPages)
         _gpu("paged_decode").attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+    if plan.tiles is not None:
+        assert isinstance(tables, HeadPages)
+        _gpu("paged_prefill").attend_prompts(
+            query, tables, tiles=plan.tiles, scoring=scoring, out=out
+        )
     for rows in plan.groups:
         out[rows.rows] = attended(query[rows.rows], rows)
     return out
@@ -77,17 +83,64 @@ class Plan:
     groups: tuple[Decodes | Group, ...]
     reads: "PageReads | None" = None
     """On a GPU, all decodes."""
-
-    def with_room(self, *, num_pages: int) -> "Plan":
-        """Of nothing yet, at a place that stays: for captured steps, which are planned anew each time."""
-        assert self.reads is not None, "only what a kernel plans can be planned anew"
-        assert not self.groups, "only what a kernel plans can be planned anew"
-        return Plan((), self.reads.with_room(num_pages=num_pages))
+    tiles: "PromptTiles | None" = None
+    """On a GPU, all requests with several rows; then there are no groups."""
 
     def inputs(self, requests: Requests) -> Iterator[tuple[Tensor, npt.NDArray[np.generic]]]:
-        """Where the plan of these requests goes, and what it is."""
-        if self.reads is not None:
-            yield from zip(self.reads.tensors, self.reads.arrays(requests), strict=True)
+        """Where the plan of these requests goes, and what it is: for a plan with room."""
+        for work in (self.reads, self.tiles):
+            if work is not None:
+                yield from zip(work.tensors, work.arrays(requests), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The most that a plan has to hold."""
+
+    num_tokens: int
+    num_requests: int
+    num_blocks: int
+    """Of a request."""
+    has_prompts: bool
+
+    @property
+    def num_decode_pages(self) -> int:
+        """Beside the requests, a page for each token that only fills a step up."""
+        return min(self.num_tokens, self.num_requests) * self.num_blocks + self.num_tokens
+
+    @property
+    def num_prompt_pages(self) -> int:
+        """A prompt has two tokens at least."""
+        return min(self.num_tokens // 2, self.num_requests) * self.num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """What a plan depends on beside the requests: the layers that share it share the plan."""
+
+    visibility: Visibility
+    heads: Heads | None = None
+    """Where a kernel reads the tables of a layer."""
+    tables: RowTables | HeadPages | None = field(default=None, compare=False)
+    """Of any of the layers."""
+
+    def with_room(self, room: Room) -> Plan:
+        """A plan of nothing yet, at a place that stays: captured steps are planned anew each time."""
+        assert isinstance(self.tables, HeadPages), "only what a kernel plans can be planned anew"
+        assert self.heads is not None
+        reads = _gpu("paged_decode").reads_with_room(
+            self.tables, visibility=self.visibility, num_pages=room.num_decode_pages
+        )
+        if not room.has_prompts:
+            return Plan((), reads)
+        tiles = _gpu("paged_prefill").prompts_with_room(
+            self.tables,
+            num_heads=self.heads.num_heads,
+            visibility=self.visibility,
+            num_tiles=room.num_tokens,
+            num_pages=room.num_prompt_pages,
+        )
+        return Plan((), reads, tiles)
 
 
 def plan_of(
@@ -102,7 +155,7 @@ def plan_of(
     A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads``:
     the layers that share those share its index tensors and masks.
     """
-    key = (visibility, heads if tables else None)
+    key = PlanKey(visibility, heads, tables) if tables else PlanKey(visibility)
     if key not in part.plans:
         part.plans[key] = _plan(Requests.of(part), visibility, heads=heads, tables=tables)
     plan: Plan = part.plans[key]
@@ -116,18 +169,22 @@ def _plan(
     heads: Heads,
     tables: RowTables | HeadPages | None,
 ) -> Plan:
-    tiles = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, HeadPages):
-        return Plan(tiles, _gpu("paged_decode").plan_pages(requests, tables, visibility=visibility))
+        plan_pages = _gpu("paged_decode").plan_pages
+        plan_prompts = _gpu("paged_prefill").plan_prompts
+        reads = plan_pages(requests, tables, visibility=visibility)
+        tiles = plan_prompts(requests, tables, num_heads=heads.num_heads, visibility=visibility)
+        return Plan((), reads, tiles)
+    prompts = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, RowTables):
         sums = plan_sums(requests, visibility=visibility, heads=heads)
-        return Plan((sums, *tiles) if sums else tiles)
-    return Plan((*plan_decodes(requests, visibility=visibility), *tiles))
+        return Plan((sums, *prompts) if sums else prompts)
+    return Plan((*plan_decodes(requests, visibility=visibility), *prompts))
 
 
-def _gpu(kernel: str) -> Any:
+def _gpu(name: str) -> Any:
     """Triton is there where CUDA is."""
-    return import_module(f"nanoflow_compiler.kernels.{kernel}")
+    return import_module(f"nanoflow_compiler.kernels.{name}")
 
 
 def _attend_group(

@@ -73,7 +73,9 @@ def _count_blocks(packed: PackedDecoder, config: EngineConfig, sizes: EngineSize
 
 
 def _capture(runner: ModelRunner, sizes: EngineSizes) -> None:
-    buckets = Buckets.of_sizes(max_num_seqs=sizes.max_num_seqs).all
+    buckets = Buckets.of_sizes(
+        max_num_seqs=sizes.max_num_seqs, max_num_batched_tokens=sizes.max_num_batched_tokens
+    ).all
     with progress_bar("capture CUDA graphs", total=len(buckets)) as bar:
         for _ in runner.capture(buckets, max_model_len=sizes.max_model_len):
             bar.advance()

@@ -1,7 +1,9 @@
 """The sizes for which steps are captured: a batch is filled up to the next one."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from nanoflow_compiler.engine.batch import Batch
 
@@ -22,6 +24,20 @@ class Bucket:
         fits = batch.num_tokens <= self.num_tokens and len(batch.rows) <= self.num_rows
         return fits and not len(batch.prompt_rows)
 
+    def example(self) -> Batch:
+        """A batch of this kind, in the scratch block."""
+        none = Batch.empty()
+        if not self.has_prompts:
+            return none
+        return replace(
+            none,
+            token_ids=np.zeros(2, dtype=np.int64),
+            positions=np.arange(2),
+            query_lens=np.array([2]),
+            context_lens=np.zeros(1, dtype=np.int64),
+            block_tables=np.zeros((1, 1), dtype=np.int32),
+        )
+
     def fill(self, batch: Batch, *, spare_slot: int) -> Batch:
         """The batch with requests that nobody made, up to this size."""
         return batch.padded(
@@ -41,20 +57,33 @@ class Buckets:
         return next((bucket for bucket in found if bucket.holds(batch)), None)
 
     @classmethod
-    def of_sizes(cls, *, max_num_seqs: int) -> "Buckets":
-        """For up to ``max_num_seqs`` requests that decode."""
-        return cls(Bucket(size, size) for size in _decode_sizes(max_num_seqs))
+    def of_sizes(cls, *, max_num_seqs: int, max_num_batched_tokens: int) -> "Buckets":
+        """For up to ``max_num_seqs`` requests that decode, and steps with prompts up to the budget."""
+        decodes = [Bucket(size, size) for size in _decode_sizes(max_num_seqs)]
+        mixed = (
+            Bucket(size, min(size, rows, max_num_seqs), has_prompts=True)
+            for size in _sizes(max_num_batched_tokens, _MIXED_STEPS)
+            for rows in (_FEW_ROWS, max_num_seqs)
+        )
+        return cls({*decodes, *mixed})
 
 
 _STEPS: Sequence[tuple[int, int]] = ((16, 8), (128, 16), (256, 32), (1 << 30, 64))
 """Up to a size, multiples of a step: a small share is filled up where a step is not short anyway."""
+_MIXED_STEPS: Sequence[tuple[int, int]] = ((512, 128), (1 << 30, 256))
+_FEW_ROWS = 128
+"""Of logits, of a step that computes prompts for the most part."""
 
 
 def _decode_sizes(most: int) -> Iterator[int]:
-    """1, 2, 4, 8, then in steps that grow, up to ``most``."""
     yield from (size for size in (1, 2, 4) if size < most)
-    size = 8
-    for end, step in _STEPS:
+    yield from _sizes(most, _STEPS)
+
+
+def _sizes(most: int, steps: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """In steps that grow, and then ``most``."""
+    size = steps[0][1]
+    for end, step in steps:
         while size < min(end, most):
             yield size
             size += step

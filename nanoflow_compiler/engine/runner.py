@@ -77,7 +77,7 @@ class ModelRunner:
         self.cache = cache
         self.cut = cut
         self.graphs: StepGraphs | None = None
-        self.clock: "StepClock | None" = None
+        self.clock: StepClock | None = None
         """Of who wants to know when steps ran on a GPU."""
         threaded = cache.device.type != "cpu" if is_threaded is None else is_threaded
         self._worker = (

@@ -25,7 +25,7 @@ from nanoflow_compiler.engine.sampler import draw_on_gpu
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
-from nanoflow_compiler.paged_attention import Plan
+from nanoflow_compiler.paged_attention import Plan, PlanKey, Room
 from nanoflow_compiler.upload import Array, num_bytes, stage, views
 
 __all__ = ["CapturedStep", "ReadyStep", "StepGraphs"]
@@ -68,7 +68,7 @@ class StepGraphs:
         self._cut = cut
         self._max_blocks = -(-max_model_len // BLOCK_SIZE)
         self._captured: dict[Bucket, CapturedStep] = {}
-        self._plans: dict[tuple[int, Hashable], Plan] = {}
+        self._plans: dict[tuple[int, PlanKey, bool], Plan] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._memory = torch.empty(0, dtype=torch.uint8, device=forward.cache.device)
 
@@ -139,7 +139,7 @@ class StepGraphs:
         )
 
     def _capture(self, bucket: Bucket) -> CapturedStep:
-        layout, arrays = self._inputs(bucket, Batch.empty())
+        layout, arrays = self._inputs(bucket, bucket.example())
         inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
         parts = self._parts(bucket, layout, slots=inputs.kv_slots)
         self._run(bucket, inputs, draw, parts)  # compiles, and plans what has no room yet
@@ -185,17 +185,23 @@ class StepGraphs:
         return StepInputs.of(placed[:num_inputs]), Draw(*placed[num_inputs:])
 
     def _with_room(self, part: int, plans: Plans, *, bucket: Bucket) -> Plans:
-        """The plans of a part with room for any batch of the bucket, shared by all buckets."""
+        """The plans of a part with room for any batch of the bucket, and of all smaller buckets."""
         placed: Plans = {}
-        for key, plan in plans.items():
-            if not isinstance(plan, Plan):
-                continue
-            at = (part, key)
-            if at not in self._plans:
-                num_pages = bucket.num_tokens * self._max_blocks
-                self._plans[at] = plan.with_room(num_pages=num_pages)
-            placed[key] = self._plans[at]
+        for key in plans:
+            if isinstance(key, PlanKey):
+                at = (part, key, bucket.has_prompts)
+                if at not in self._plans:
+                    self._plans[at] = key.with_room(self._room(bucket))
+                placed[key] = self._plans[at]
         return placed
+
+    def _room(self, bucket: Bucket) -> Room:
+        return Room(
+            num_tokens=bucket.num_tokens,
+            num_requests=self.forward.spare_slot,
+            num_blocks=self._max_blocks,
+            has_prompts=bucket.has_prompts,
+        )
 
 
 def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[Tensor, Array]]:

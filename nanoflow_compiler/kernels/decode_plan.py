@@ -12,14 +12,16 @@ import numpy.typing as npt
 
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
-__all__ = ["DecodePlan", "Int32s", "plan_decode"]
+__all__ = ["SPLIT_FIELDS", "DecodePlan", "Int32s", "plan_decode"]
 
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 # A page as the kernel reads it: row << 14 | is_first << 13 | is_last << 12 | first token << 6 | last token.
-_ROW, _IS_FIRST, _IS_LAST, _FIRST_TOKEN = 14, 13, 12, 6
-MAX_ROWS = 1 << (31 - _ROW)
+ROW, IS_FIRST, IS_LAST, FIRST_TOKEN = 14, 13, 12, 6
+MAX_ROWS = 1 << (31 - ROW)
+
+SPLIT_FIELDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ def plan_decode(
     is_first, is_last = at == starts[owners], at == ends[owners] - 1
     first_tokens = np.where(is_first, first_keys[owners] % BLOCK_SIZE, 0)
     last_tokens = np.where(is_last, positions[owners] % BLOCK_SIZE, BLOCK_SIZE - 1)
-    pages = rows[owners] << _ROW
-    pages |= (is_first << _IS_FIRST) | (is_last << _IS_LAST) | (first_tokens << _FIRST_TOKEN)
+    pages = rows[owners] << ROW
+    pages |= (is_first << IS_FIRST) | (is_last << IS_LAST) | (first_tokens << FIRST_TOKEN)
     pages |= last_tokens
     share = max(1, -(-num_pages // num_shares))
     return DecodePlan(

@@ -8,7 +8,6 @@ kernel merges. Scores are in units of log2, softmax is computed in float32.
 On one H200 the three benchmarks of ``benchmarks/decode_attention.py`` read 4.0 to 4.4 TB/s.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +19,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
-from nanoflow_compiler.kernels.decode_plan import DecodePlan, Int32s, plan_decode
+from nanoflow_compiler.kernels import decode_plan
+from nanoflow_compiler.kernels.decode_plan import SPLIT_FIELDS, DecodePlan, Int32s, plan_decode
+from nanoflow_compiler.kernels.pages import LEAST_SIDE, LOG2E, add_sink, launch, num_sms, width
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
 
-__all__ = ["PageReads", "Tiling", "attend_pages", "plan_pages"]
+__all__ = ["PageReads", "Tiling", "attend_pages", "plan_pages", "reads_with_room"]
 
-_LOG2E = 1.4426950408889634
-_LEAST_SIDE = 16
-"""Of a tensor core's tile."""
+_ROW = tl.constexpr(decode_plan.ROW)
+_IS_FIRST = tl.constexpr(decode_plan.IS_FIRST)
+_IS_LAST = tl.constexpr(decode_plan.IS_LAST)
+_FIRST_TOKEN = tl.constexpr(decode_plan.FIRST_TOKEN)
 _SHARED_BYTES = 200 << 10
 """Of a multiprocessor's shared memory, for the pages under way."""
 
@@ -44,7 +46,7 @@ class Tiling:
     @classmethod
     def of(cls, pages: HeadPages) -> "Tiling":
         """Three thread blocks for each multiprocessor where their pages fit: they wait by turns."""
-        row_bytes = sum(_width(pool) * pool.element_size() for pool in (pages.keys, pages.values))
+        row_bytes = sum(width(pool) * pool.element_size() for pool in (pages.keys, pages.values))
         most = cls()
         num_ctas = _SHARED_BYTES // (most.num_stages * BLOCK_SIZE * row_bytes)
         return replace(most, ctas_per_sm=max(1, min(most.ctas_per_sm, num_ctas)))
@@ -66,25 +68,23 @@ class PageReads:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.blocks, self.pages, self.sizes, self.splits)
 
-    def with_room(self, *, num_pages: int) -> "PageReads":
-        """Of nothing yet, with room for the plan of any requests that have so many pages together."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=self.blocks.device)
-
-        return replace(
-            self,
-            blocks=zeros(num_pages),
-            pages=zeros(num_pages),
-            sizes=zeros(2),
-            splits=zeros(self.num_shares, 4),
+    def plan(self, requests: Requests) -> DecodePlan:
+        """For the decodes of these requests."""
+        chosen = requests.decodes
+        positions = requests.contexts[chosen]
+        return plan_decode(
+            requests.starts[chosen],
+            positions=positions,
+            first_keys=self.visibility.first_key(positions),
+            tables=requests.tables[chosen],
+            num_shares=self.num_shares,
         )
 
     def arrays(self, requests: Requests) -> tuple[Int32s, ...]:
-        """What goes to the beginning of :attr:`tensors` with room, to serve these requests."""
-        plan = _plan(requests, visibility=self.visibility, num_shares=self.num_shares)
+        """What goes to the beginning of :attr:`tensors`, with room, to serve these requests."""
+        plan = self.plan(requests)
         # Fewer requests are split than there are borders of shares.
-        splits = np.full((self.num_shares, 4), _NO_SPLIT, dtype=np.int32)
+        splits = np.full((self.num_shares, SPLIT_FIELDS), _NO_SPLIT, dtype=np.int32)
         splits[: len(plan.splits)] = plan.splits
         return (plan.blocks, plan.pages, plan.sizes, splits)
 
@@ -102,24 +102,32 @@ def plan_pages(
     """How the requests of a part that have a single row are computed; None without any."""
     if not len(requests.decodes):
         return None
-    tiling = tiling or Tiling.of(pages)
-    num_sms = torch.cuda.get_device_properties(requests.device).multi_processor_count
-    num_shares = max(1, num_sms * tiling.ctas_per_sm // pages.keys.shape[1])
-    plan = _plan(requests, visibility=visibility, num_shares=num_shares)
+    reads = reads_with_room(pages, visibility=visibility, num_pages=0, tiling=tiling)
+    plan = reads.plan(requests)
     arrays = (plan.blocks, plan.pages, plan.sizes, plan.splits)
     blocks, described, sizes, splits = requests.tensors(arrays)
-    return PageReads(blocks, described, sizes, splits, visibility, num_shares, tiling)
+    return replace(reads, blocks=blocks, pages=described, sizes=sizes, splits=splits)
 
 
-def _plan(requests: Requests, *, visibility: Visibility, num_shares: int) -> DecodePlan:
-    chosen = requests.decodes
-    positions = requests.contexts[chosen]
-    return plan_decode(
-        requests.starts[chosen],
-        positions=positions,
-        first_keys=visibility.first_key(positions),
-        tables=requests.tables[chosen],
+def reads_with_room(
+    pages: HeadPages, *, visibility: Visibility, num_pages: int, tiling: Tiling | None = None
+) -> PageReads:
+    """Of nothing yet, with room for so many pages: see :meth:`PageReads.arrays`."""
+    tiling = tiling or Tiling.of(pages)
+    device = pages.keys.device
+    num_shares = max(1, num_sms(device) * tiling.ctas_per_sm // pages.keys.shape[1])
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    return PageReads(
+        blocks=zeros(num_pages),
+        pages=zeros(num_pages),
+        sizes=zeros(2),
+        splits=zeros(num_shares, SPLIT_FIELDS),
+        visibility=visibility,
         num_shares=num_shares,
+        tiling=tiling,
     )
 
 
@@ -137,10 +145,10 @@ def attend_pages(
     shape: dict[str, Any] = {
         "NUM_HEADS": num_heads,
         "V_DIM": v_dim,
-        "V_WIDTH": _width(pages.values),
+        "V_WIDTH": width(pages.values),
         "HAS_SINKS": scoring.sinks is not None,
     }
-    _launch(_read_pages, (reads.num_shares, num_kv_heads))(
+    launch(_read_pages, (reads.num_shares, num_kv_heads))(
         query,
         query.stride(0),
         query.stride(1),
@@ -153,12 +161,12 @@ def attend_pages(
         reads.pages,
         reads.sizes,
         scoring.sinks,
-        scoring.scale / softcap if softcap else scoring.scale * _LOG2E,
-        softcap * _LOG2E,
+        scoring.scale / softcap if softcap else scoring.scale * LOG2E,
+        softcap * LOG2E,
         GROUP=group,
-        ROWS=max(_LEAST_SIDE, triton.next_power_of_2(group)),
+        ROWS=max(LEAST_SIDE, triton.next_power_of_2(group)),
         DIM=query.shape[-1],
-        WIDTH=_width(pages.keys),
+        WIDTH=width(pages.keys),
         HAS_SOFTCAP=bool(softcap),
         IS_EXACT=query.dtype is torch.float32,
         PAGE=BLOCK_SIZE,
@@ -167,7 +175,7 @@ def attend_pages(
         **shape,
     )
     if len(reads.splits):
-        _launch(_merge, (len(reads.splits), num_heads))(
+        launch(_merge, (len(reads.splits), num_heads))(
             sums, stats, reads.splits, out, scoring.sinks, PIECES=_PIECES, **shape
         )
 
@@ -176,27 +184,8 @@ _PIECES = 32
 """Of a split request, that are merged together."""
 
 
-def _width(pool: Tensor) -> int:
-    """The dimensions of a head in a tile; those beyond its own are zero."""
-    width: int = triton.next_power_of_2(pool.shape[-1])
-    return max(width, _LEAST_SIDE)
-
-
 def _descriptor(pool: Tensor) -> Any:
-    return TensorDescriptor.from_tensor(pool.view(-1, pool.shape[-1]), [BLOCK_SIZE, _width(pool)])
-
-
-def _launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    launcher: Callable[..., None] = kernel[grid]
-    return launcher
-
-
-@triton.jit
-def _add_sink(greatest, normaliser, sums, sink):
-    """A sink takes part in the normaliser and has no value."""
-    raised = tl.maximum(greatest, sink)
-    factor = tl.exp2(greatest - raised)
-    return normaliser * factor + tl.exp2(sink - raised), sums * factor[:, None]
+    return TensorDescriptor.from_tensor(pool.view(-1, pool.shape[-1]), [BLOCK_SIZE, width(pool)])
 
 
 @triton.jit
@@ -252,9 +241,9 @@ def _read_pages(
     for at in tl.range(begin, end, num_stages=STAGES):
         block = tl.load(blocks_ptr + at)
         page = tl.load(pages_ptr + at)
-        row = (page >> 14).to(tl.int64)
-        is_first = (page >> 13) & 1
-        is_last = (page >> 12) & 1
+        row = (page >> _ROW).to(tl.int64)
+        is_first = (page >> _IS_FIRST) & 1
+        is_last = (page >> _IS_LAST) & 1
         query = tl.load(
             query_ptr + row * query_row_stride + heads[:, None] * query_head_stride + dims[None, :],
             mask=is_head[:, None] & (dims < DIM)[None, :],
@@ -265,7 +254,8 @@ def _read_pages(
         scores = tl.dot(query, key.T, input_precision=precision) * scale
         if HAS_SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores) - 1)
-        is_seen = (tokens >= ((page >> 6) & 63)) & (tokens <= (page & 63))
+        first_token = (page >> _FIRST_TOKEN) & (PAGE - 1)
+        is_seen = (tokens >= first_token) & (tokens <= (page & (PAGE - 1)))
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
 
         is_start = (at == begin) | (is_first == 1)
@@ -285,8 +275,8 @@ def _read_pages(
             is_written = is_head[:, None] & (v_dims < V_DIM)[None, :]
             if (has_first == 1) & (is_last == 1):
                 if HAS_SINKS:
-                    sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0).to(tl.float32)
-                    whole, totals = _add_sink(greatest, normaliser, sums, sink * 1.4426950408889634)
+                    sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
+                    whole, totals = add_sink(greatest, normaliser, sums, sink)
                 else:
                     whole = normaliser
                     totals = sums
@@ -347,8 +337,8 @@ def _merge(
         sums = sums * factor[:, None] + tl.sum(values * factors[:, None], 0)[None, :]
         greatest = raised
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head + one).to(tl.float32) * 1.4426950408889634
-        normaliser, sums = _add_sink(greatest, normaliser, sums, sink)
+        sink = tl.load(sinks_ptr + head + one)
+        normaliser, sums = add_sink(greatest, normaliser, sums, sink)
     places = (row * NUM_HEADS + head) * V_DIM + dims[None, :]
     result = (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, result, mask=(dims < V_DIM)[None, :])

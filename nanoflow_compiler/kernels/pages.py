@@ -1,0 +1,44 @@
+"""What the attention kernels share: how they are launched over pages, and the arithmetic of a sink."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "launch", "num_sms", "width"]
+
+LOG2E = 1.4426950408889634
+LEAST_SIDE = 16
+"""Of a tensor core's tile."""
+
+_LOG2E = tl.constexpr(LOG2E)
+
+
+def width(pool: Tensor) -> int:
+    """The dimensions of a head in a tile; those beyond its own are zero."""
+    least: int = triton.next_power_of_2(pool.shape[-1])
+    return max(least, LEAST_SIDE)
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """The kernel over a grid of thread blocks."""
+    launcher: Callable[..., None] = kernel[grid]
+    return launcher
+
+
+@triton.jit
+def add_sink(greatest, normaliser, sums, sink):
+    """A sink, a logit, takes part in the normaliser and has no value."""
+    sink = sink.to(tl.float32) * _LOG2E
+    raised = tl.maximum(greatest, sink)
+    factor = tl.exp2(greatest - raised)
+    return normaliser * factor + tl.exp2(sink - raised), sums * factor[:, None]
