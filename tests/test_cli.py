@@ -103,7 +103,13 @@ def test_model_without_a_template(llm):
 def test_defaults_are_those_of_the_engine(llm):
     run("generate", "m", "--prompt", "x")
     engine = llm.calls[0].engine
-    assert engine == {"dtype": "auto", "enforce_eager": False, "options": {"parts": "auto"}}
+    options = {"parts": "auto"}
+    assert engine == {
+        "dtype": "auto",
+        "device": "auto",
+        "enforce_eager": False,
+        "options": options,
+    }
     assert llm.calls[0].params.temperature == 0
 
 

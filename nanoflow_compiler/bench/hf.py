@@ -16,7 +16,7 @@ class HfBackend:
     """Batches in order of arrival, each as long as its longest prompt and its longest answer."""
 
     def __init__(self, model: ModelSettings, *, max_batch_size: int) -> None:
-        decoder = load_decoder(model.model, dtype=model.dtype, load_format=model.load_format)
+        decoder = load_decoder(model.name, **model.loading())
         self.model: Any = decoder.model
         self.max_batch_size = max_batch_size
         self.tokenizer = decoder.tokenizer

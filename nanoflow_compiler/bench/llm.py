@@ -15,7 +15,7 @@ class LlmBackend:
 
     def __init__(self, model: ModelSettings, engine: dict[str, Any]) -> None:
         """``engine`` are further arguments of :class:`LLM`."""
-        self.llm = LLM(model.model, dtype=model.dtype, load_format=model.load_format, **engine)
+        self.llm = LLM(model.name, **model.loading(), **engine)
         self.tokenizer = self.llm.tokenizer
         self.max_model_len = self.llm.limits.max_model_len
         self.vocabulary = Vocabulary.of(self.llm.limits.vocab_size, self.tokenizer)
