@@ -114,7 +114,7 @@ def test_defaults_are_those_of_the_engine(llm):
 
 
 def test_settings_arrive(llm, tmp_path):
-    settings = "--max-tokens 7 --temperature 0.5 --top-k 9 --top-p 0.8 --seed 3 --dtype float32"
+    settings = "--max-tokens 7 --temperature 0.5 --top-k 9 --top-p 0.8 --seed 3 --dtype float32 --device cpu"
     settings += " --max-model-len 99 --max-num-seqs 2 --max-num-batched-tokens 64 --enforce-eager"
     settings += f" --parts 4 --backend reference --dump {tmp_path}"
     result = run("generate", "m", "--prompt", "x", *settings.split())
@@ -123,6 +123,7 @@ def test_settings_arrive(llm, tmp_path):
     assert call.model == "m"
     assert call.engine == {
         "dtype": "float32",
+        "device": "cpu",
         "max_model_len": 99,
         "max_num_seqs": 2,
         "max_num_batched_tokens": 64,

@@ -88,6 +88,7 @@ def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
         raise NanoflowError(f"a process that started the engine failed: {last}")
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     python = answer.pop("began") - began
+    answer["compile"] += answer.pop("capture", 0.0)
     return {"python": python, **answer, "total": python + sum(answer.values())}
 
 

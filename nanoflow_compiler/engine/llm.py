@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.build import build_engine
 from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.device_times import DeviceTimes, device_times
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.limits import RequestLimits
 from nanoflow_compiler.engine.memory import explain_out_of_memory
@@ -91,6 +92,11 @@ class LLM:
     def model_path(self) -> Path | None:
         """The local directory of the model; ``None`` where it was given as a module."""
         return self._path
+
+    @property
+    def device_times(self) -> DeviceTimes | None:
+        """What the device says of its steps, if its runner measures them."""
+        return device_times(self._open_core().runner)
 
     @property
     def limits(self) -> RequestLimits:
