@@ -16,14 +16,15 @@ from nanoflow_compiler.bench.hf import HfBackend
 from nanoflow_compiler.bench.llm import LlmBackend
 from nanoflow_compiler.bench.model import ModelSettings
 from nanoflow_compiler.bench.progress import progress
-from nanoflow_compiler.bench.report import percentiles
+from nanoflow_compiler.bench.report import count_results, percentiles
 from nanoflow_compiler.bench.requests import make_requests
 from nanoflow_compiler.bench.throughput_settings import ThroughputSettings
 from nanoflow_compiler.bench.wall import check_wall, measure_wall
 from nanoflow_compiler.bench.workload import Workload
 from nanoflow_compiler.errors import ConfigError
+from nanoflow_compiler.models.place import find_device
 
-__all__ = ["count_results", "measure_throughput", "throughput_rows"]
+__all__ = ["measure_throughput", "throughput_rows"]
 
 DEFAULTS = {"enforce_eager": False, "options": {"parts": "auto"}}
 """The arguments of an engine that no flag has changed."""
@@ -57,7 +58,8 @@ def measure_throughput(
     # The engine is closed: its memory is the wall's now.
     gc.collect()
     torch.cuda.empty_cache()
-    wall = measure_wall(shapes, run.workload).results()
+    with torch.cuda.device(find_device(model.device)):
+        wall = measure_wall(shapes, run.workload).results()
     share = run.results["tokens_per_second"] / wall["tokens_per_second"]
     return {**run.results, "fraction_of_wall": share, "wall": wall}
 
@@ -79,23 +81,6 @@ def throughput_rows(found: Mapping[str, Any]) -> dict[str, object]:
     if wall := found.get("wall"):
         rows["Wall (total tokens/s)"] = wall["tokens_per_second"]
     return rows
-
-
-def count_results(
-    *, num_requests: int, num_input: int, num_output: int, seconds: float
-) -> dict[str, Any]:
-    """Counts and rates, with vLLM's keys where it has them."""
-    total = num_input + num_output
-    return {
-        "elapsed_time": seconds,
-        "num_requests": num_requests,
-        "total_num_tokens": total,
-        "total_input_tokens": num_input,
-        "total_output_tokens": num_output,
-        "requests_per_second": num_requests / seconds,
-        "tokens_per_second": total / seconds,
-        "output_tokens_per_second": num_output / seconds,
-    }
 
 
 def _answer_all(

@@ -21,6 +21,7 @@ from nanoflow_compiler.bench.workload import Workload
 from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages, KVCache, LayerShape
 from nanoflow_compiler.models import load_decoder
+from nanoflow_compiler.models.place import find_device
 
 __all__ = ["Part", "Wall", "check_wall", "measure_wall"]
 
@@ -74,7 +75,8 @@ class Wall:
 
 def check_wall(model: ModelSettings) -> PreTrainedModel:
     """The model without its weights; ConfigError where the wall cannot be measured."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    place = find_device(model.device)
+    if place.type != "cuda" or torch.cuda.get_device_capability(place) < (9, 0):
         raise ConfigError(
             "--wall needs a GPU of compute capability 9.0 or more, for its decode attention"
         )
