@@ -1,12 +1,13 @@
 """Where a model runs: what the setting ``device`` names."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from nanoflow_compiler.errors import ConfigError
 
-__all__ = ["check_device", "find_device"]
+__all__ = ["check_device", "current_device", "find_device"]
 
 SETTING = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -26,6 +27,11 @@ def find_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
     return _numbered(place) if place.type == "cuda" else place
+
+
+def current_device(place: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one of this thread: Triton launches there, wherever its tensors are."""
+    return torch.cuda.device(place) if place.type == "cuda" else nullcontext()
 
 
 def _numbered(place: torch.device) -> torch.device:

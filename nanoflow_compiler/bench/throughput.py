@@ -22,7 +22,7 @@ from nanoflow_compiler.bench.throughput_settings import ThroughputSettings
 from nanoflow_compiler.bench.wall import check_wall, measure_wall
 from nanoflow_compiler.bench.workload import Workload
 from nanoflow_compiler.errors import ConfigError
-from nanoflow_compiler.models.place import find_device
+from nanoflow_compiler.models.place import current_device, find_device
 
 __all__ = ["measure_throughput", "throughput_rows"]
 
@@ -58,7 +58,7 @@ def measure_throughput(
     # The engine is closed: its memory is the wall's now.
     gc.collect()
     torch.cuda.empty_cache()
-    with torch.cuda.device(find_device(model.device)):
+    with current_device(find_device(model.device)):
         wall = measure_wall(shapes, run.workload).results()
     share = run.results["tokens_per_second"] / wall["tokens_per_second"]
     return {**run.results, "fraction_of_wall": share, "wall": wall}

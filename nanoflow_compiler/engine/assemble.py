@@ -76,11 +76,11 @@ def assemble(
 def _make_ready(
     served: Served, sizes: EngineSizes, *, compile_config: CompileConfig | None
 ) -> _ReadyStep:
-    weights_bytes = sum(weight.nbytes for weight in served.model.parameters())
-    is_captured = compile_config is not None and served.model.device.type == "cuda"
-    memory = StepMemory.estimate(served.model, sizes, is_captured=is_captured)
     packed = PackedDecoder(served.model, max_length=sizes.max_model_len)
     verify_packed(packed)
+    weights_bytes = sum(weight.nbytes for weight in served.model.parameters())
+    is_captured = compile_config is not None and packed.device.type == "cuda"
+    memory = StepMemory.estimate(served.model, sizes, is_captured=is_captured)
     step = _make_step(packed, compile_config=compile_config, keep=served.loaded)
     if served.loaded and compile_config is not None:
         _release_weights(packed, served.model)

@@ -15,6 +15,7 @@ from nanoflow_compiler.engine.device_times import device_times
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.served import Loading, Served
 from nanoflow_compiler.models import Decoder
+from nanoflow_compiler.models.place import current_device
 
 __all__ = ["BuiltEngine", "build_engine"]
 
@@ -50,7 +51,8 @@ def build_engine(
     served = Served.find(model, tokenizer=tokenizer, loading=loading)
     loaded = time.perf_counter()
     place = {"device": str(served.model.device), "dtype": _name(served.model)}
-    assembled = assemble(served, config, compile_config=compile_config)
+    with current_device(served.model.device):
+        assembled = assemble(served, config, compile_config=compile_config)
     made = time.perf_counter()
     times = device_times(assembled.core.runner)
     capture = {} if times is None else {"capture": times.capture_s}

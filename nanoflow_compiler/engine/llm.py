@@ -36,7 +36,7 @@ class LLM:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
@@ -73,7 +73,7 @@ class LLM:
             loading=Loading(
                 dtype=dtype,
                 load_format=load_format,
-                device=device,
+                device=str(device),
                 dummy_distribution=dummy_distribution,
             ),
             config=config,

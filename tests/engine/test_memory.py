@@ -218,6 +218,6 @@ def test_a_model_by_its_name_runs_on_the_gpu(folder, options):
 @pytest.mark.gpu
 def test_too_little_memory_is_said(folder):
     with pytest.raises(ConfigError, match="no memory is left for the KV cache on cuda"):
-        LLM(folder, gpu_memory_utilization=1e-6)
+        LLM(folder, enforce_eager=True, gpu_memory_utilization=1e-6)
     with pytest.raises(ConfigError, match="out of memory while the KV cache was made"):
-        LLM(folder, kv_cache_memory_bytes=2**45)
+        LLM(folder, enforce_eager=True, kv_cache_memory_bytes=2**45)
