@@ -77,6 +77,6 @@ def _model_rows(spec: EngineSpec) -> dict[str, Any]:
 
 
 def _shown(name: str, value: object) -> str:
-    if name.endswith("_bytes") and isinstance(value, int) and value >= 2**20:
+    if name.endswith("_bytes") and isinstance(value, int) and value >= 2**26:
         return f"{value} ({value / 2**30:.2f} GiB)"
     return str(value)

@@ -10,7 +10,11 @@ import torch
 from nanoflow_compiler.engine import assemble, build
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.llm import LLM
-from nanoflow_compiler.engine.memory import MemoryBudget, explain_out_of_memory
+from nanoflow_compiler.engine.memory import (
+    MemoryBudget,
+    explain_out_of_memory,
+    measure_memory,
+)
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.engine.spec import EngineSpec
 from nanoflow_compiler.engine.step_memory import StepMemory
@@ -164,6 +168,28 @@ def test_a_step_needs_memory_for_its_logits():
         model, fewer.sizes(longest=8192, device_type="cuda"), is_captured=True
     )
     assert small.activation_bytes < eager.activation_bytes / 3
+
+
+def test_a_gpu_is_asked_for_what_it_holds(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 18 * GIB)
+    found = measure_memory(
+        torch.device("cuda", 0),
+        weights_bytes=GIB,
+        step=StepMemory(activation_bytes=3 * GIB, graph_bytes=GIB),
+        gpu_memory_utilization=None,
+    )
+    assert given_back
+    assert found.facts == {
+        "memory_limit_bytes": 72 * GIB,
+        "weights_bytes": 18 * GIB,
+        "activation_bytes": 3 * GIB,
+        "graph_bytes": GIB,
+        "other_bytes": 2 * GIB,
+    }
+    assert found.spare_bytes == 48 * GIB
 
 
 def out_of_memory(*_, **__):
