@@ -114,7 +114,7 @@ def start_engine(engine: str, options: argparse.Namespace) -> tuple[Answer, floa
     load_s = loaded - start
     if engine != "nanoflow-llm":
         return hf_answers(decoder.model, engine), load_s, 0.0
-    llm = LLM(options.model, dtype="float32", load_format=options.load_format)
+    llm = LLM(options.model, dtype="float32", device="cpu", load_format=options.load_format)
     return llm_answers(llm), load_s, time.perf_counter() - loaded - load_s
 
 

@@ -186,7 +186,8 @@ def start_nanoflow(options: argparse.Namespace) -> Run:
     """``LLM.generate``."""
     from nanoflow_compiler import LLM, SamplingParams
 
-    llm = LLM(options.model, dtype="float32", max_num_seqs=options.max_concurrency)
+    most = options.max_concurrency
+    llm = LLM(options.model, dtype="float32", device="cpu", max_num_seqs=most)
 
     def run(requests: Sequence[Request]) -> int:
         outputs = llm.generate(

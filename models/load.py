@@ -1,5 +1,6 @@
 """The one function that makes a ``Decoder``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,10 +14,16 @@ from nanoflow_compiler.models.decoder import Decoder, eos_token_ids, max_model_l
 from nanoflow_compiler.models.gguf import load_gguf
 from nanoflow_compiler.models.locate import resolve_model
 from nanoflow_compiler.models.messages import one_line
+from nanoflow_compiler.models.place import find_device
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.published import CATALOG, catalog_config, catalog_names
 from nanoflow_compiler.models.quiet import quiet_transformers
-from nanoflow_compiler.models.weights import check_finite, random_weights, read_weights
+from nanoflow_compiler.models.weights import (
+    DummyDistribution,
+    check_finite,
+    random_weights,
+    read_weights,
+)
 
 __all__ = ["LoadFormat", "load_decoder", "load_tokenizer"]
 
@@ -37,26 +44,29 @@ def load_decoder(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     load_format: LoadFormat = "auto",
+    dummy_distribution: DummyDistribution = "normal",
     num_hidden_layers: int | None = None,
 ) -> Decoder:
     """Load the decoder that ``name_or_path`` names: a path, an alias, a hub id or a catalog entry.
 
-    ``dtype="auto"`` is that of the checkpoint. ``load_format="dummy"`` takes the configuration alone,
-    with random weights; only then may ``num_hidden_layers`` differ from it.
+    ``dtype="auto"`` is that of the checkpoint; ``device`` may be ``"auto"`` too, a GPU where there is
+    one. ``load_format="dummy"`` takes the configuration alone, with random weights of
+    ``dummy_distribution``; only then may ``num_hidden_layers`` differ from it.
     """
-    chosen, place = _parse_dtype(dtype), _parse_device(device)
-    if load_format not in get_args(LoadFormat):
-        raise ConfigError(f"load_format must be auto or dummy, not {load_format!r}")
+    chosen, place = _parse_dtype(dtype), find_device(device)
+    _check_choice("load_format", load_format, get_args(LoadFormat))
+    _check_choice("dummy_distribution", dummy_distribution, get_args(DummyDistribution))
     if load_format == "dummy":
         path, config = _find_config(name_or_path, num_hidden_layers=num_hidden_layers)
-        model = random_weights(config, dtype=chosen, device=place)
+        model = random_weights(config, dtype=chosen, device=place, distribution=dummy_distribution)
         return _decoder(model, _load_tokenizer(path), path=path, name=str(name_or_path))
     if num_hidden_layers is not None:
         raise ConfigError('num_hidden_layers can be changed only with load_format="dummy"')
     path = resolve_model(name_or_path)
-    model, tokenizer = _load(path, dtype=chosen, label=f"Loading {name_or_path}")
+    model, tokenizer = _load(path, dtype=chosen, device=place, label=f"Loading {name_or_path}")
     check_finite(model, where=str(path))
     folder = path if path.is_dir() else path.parent
+    # What was not read to the device itself: GGUF files, and safetensors without accelerate.
     torch.nn.Module.to(model, place)  # in place; the wrapper of transformers hides the signature
     return _decoder(model, tokenizer, path=folder, name=str(name_or_path))
 
@@ -73,13 +83,14 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _load(
-    path: Path, *, dtype: torch.dtype | None, label: str
+    path: Path, *, dtype: torch.dtype | None, device: torch.device, label: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if path.suffix == ".gguf":
         return load_gguf(path, dtype=dtype)
     config = make_config(read_json(path / "config.json"), where=str(path))
     with progress_bar(label):
-        return read_weights(path, config, dtype=dtype), _load_tokenizer(path)
+        model = read_weights(path, config, dtype=dtype, device=device)
+        return model, _load_tokenizer(path)
 
 
 def _find_config(
@@ -141,11 +152,6 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def _parse_device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for, but torch sees no GPU here; use cpu")
-    return place
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(choices)}, not {value!r}")

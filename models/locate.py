@@ -30,11 +30,16 @@ def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     if text in catalog_names():
         raise ModelLoadError(
             f"{text} is in the catalog as a configuration without weights: "
-            f'pass load_format="dummy" for random ones, or the hub id {catalog_config(text)["_name_or_path"]}'
+            f'pass load_format="dummy" for random ones{_or_hub_id(text)}'
         )
     if not HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         raise ModelLoadError(f"{text}: no such file or directory; check the path")
     return _download(text, weights=weights)
+
+
+def _or_hub_id(name: str) -> str:
+    hub_id = catalog_config(name).get("_name_or_path")
+    return f", or the hub id {hub_id}" if hub_id else ""
 
 
 def _local(path: Path) -> Path:

@@ -15,6 +15,6 @@ def catalog_names() -> list[str]:
 
 
 def catalog_config(name: str) -> dict[str, Any]:
-    """The ``config.json`` of ``name``; ``_name_or_path`` in it is the hub id."""
+    """The ``config.json`` of ``name``; ``_name_or_path`` in it is the hub id, of what is on the hub."""
     config: dict[str, Any] = json.loads((CATALOG / f"{name}.json").read_text())
     return config

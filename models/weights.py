@@ -1,10 +1,12 @@
 """Weights of a model: read from safetensors, or random; and the check that they are numbers."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from nanoflow_compiler.errors import ModelLoadError
 from nanoflow_compiler.models.checkpoint import check_checkpoint
@@ -12,22 +14,32 @@ from nanoflow_compiler.models.messages import one_line
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.quiet import quiet_transformers
 
-__all__ = ["check_finite", "random_weights", "read_weights"]
+__all__ = ["DummyDistribution", "check_finite", "random_weights", "read_weights"]
 
+DummyDistribution = Literal["normal", "uniform"]
+"""``normal``: the initial weights of training. ``uniform``: all, norms too, up to 0.001 either way, which
+is what vLLM draws: the power that a GPU takes, and so its clock, depend on what it multiplies."""
 DUMMY_SEED = 0
+UNIFORM_LIMIT = 1e-3
 
 
 def read_weights(
-    folder: Path, config: PretrainedConfig, *, dtype: torch.dtype | None
+    folder: Path, config: PretrainedConfig, *, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    """The model in ``folder``; every one of its weights must be there."""
+    """The model in ``folder``; every one of its weights must be there.
+
+    With accelerate each tensor goes from its file to ``device`` on its own; otherwise the model is
+    returned on the CPU.
+    """
     check_checkpoint(folder)
+    is_direct = device.type == "cuda" and find_spec("accelerate") is not None
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or "auto",
+                device_map={"": device} if is_direct else None,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -50,15 +62,30 @@ def _check_complete(folder: Path, missing: list[str]) -> None:
 
 
 def random_weights(
-    config: PretrainedConfig, *, dtype: torch.dtype | None, device: torch.device
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    distribution: DummyDistribution,
 ) -> PreTrainedModel:
-    """A model with the initial weights of training: the same ones in every run on the same device."""
+    """A model made on ``device``: the same weights in every run on the same kind of device."""
     chosen = dtype or config.dtype or torch.get_default_dtype()
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(device), quiet_transformers():
         torch.manual_seed(DUMMY_SEED)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        with no_init_weights():  # weights are drawn once, below
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model.init_weights()
+        if distribution == "uniform" and device.type != "meta":
+            _draw_uniform(model)
     return model
+
+
+@torch.no_grad()
+def _draw_uniform(model: PreTrainedModel) -> None:
+    for weight in model.state_dict().values():
+        if weight.is_floating_point():
+            weight.uniform_(-UNIFORM_LIMIT, UNIFORM_LIMIT)
 
 
 def check_finite(model: PreTrainedModel, *, where: str) -> None:

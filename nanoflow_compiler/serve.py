@@ -56,7 +56,7 @@ def _print_config(config: ServeConfig, ready: Ready) -> None:
     spec = config.engine
     compiled = asdict(CompileConfig.from_options(spec.options))
     rows: dict[str, Mapping[str, Any]] = {
-        "model": {"model": spec.model, "load_format": spec.load_format},
+        "model": _model_rows(spec),
         "engine": dict(ready.facts) | {"max_engine_restarts": config.max_engine_restarts},
         "compile": {"enforce_eager": True} if spec.enforce_eager else compiled,
         "server": asdict(config.server) | {"api_keys": len(config.server.api_keys)},
@@ -67,5 +67,16 @@ def _print_config(config: ServeConfig, ready: Ready) -> None:
         table.add_column(column)
     for part, settings in rows.items():
         for name, value in settings.items():
-            table.add_row(part, name, str(value))
+            table.add_row(part, name, _shown(name, value))
     Console(stderr=True).print(table)
+
+
+def _model_rows(spec: EngineSpec) -> dict[str, Any]:
+    dummy = {"dummy_distribution": spec.dummy_distribution} if spec.load_format == "dummy" else {}
+    return {"model": spec.model, "load_format": spec.load_format, **dummy}
+
+
+def _shown(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int) and value >= 2**26:
+        return f"{value} ({value / 2**30:.2f} GiB)"
+    return str(value)

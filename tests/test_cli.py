@@ -103,12 +103,18 @@ def test_model_without_a_template(llm):
 def test_defaults_are_those_of_the_engine(llm):
     run("generate", "m", "--prompt", "x")
     engine = llm.calls[0].engine
-    assert engine == {"dtype": "auto", "enforce_eager": False, "options": {"parts": "auto"}}
+    options = {"parts": "auto"}
+    assert engine == {
+        "dtype": "auto",
+        "device": "auto",
+        "enforce_eager": False,
+        "options": options,
+    }
     assert llm.calls[0].params.temperature == 0
 
 
 def test_settings_arrive(llm, tmp_path):
-    settings = "--max-tokens 7 --temperature 0.5 --top-k 9 --top-p 0.8 --seed 3 --dtype float32"
+    settings = "--max-tokens 7 --temperature 0.5 --top-k 9 --top-p 0.8 --seed 3 --dtype float32 --device cpu"
     settings += " --max-model-len 99 --max-num-seqs 2 --max-num-batched-tokens 64 --enforce-eager"
     settings += f" --parts 4 --backend reference --dump {tmp_path}"
     result = run("generate", "m", "--prompt", "x", *settings.split())
@@ -117,6 +123,7 @@ def test_settings_arrive(llm, tmp_path):
     assert call.model == "m"
     assert call.engine == {
         "dtype": "float32",
+        "device": "cpu",
         "max_model_len": 99,
         "max_num_seqs": 2,
         "max_num_batched_tokens": 64,

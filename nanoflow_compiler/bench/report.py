@@ -14,9 +14,33 @@ from rich.table import Table
 from nanoflow_compiler.bench.environment import environment
 from nanoflow_compiler.errors import ConfigError
 
-__all__ = ["PERCENTILES", "check_writable", "percentiles", "print_rows", "write_json"]
+__all__ = [
+    "PERCENTILES",
+    "check_writable",
+    "count_results",
+    "percentiles",
+    "print_rows",
+    "write_json",
+]
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+def count_results(
+    *, num_requests: int, num_input: int, num_output: int, seconds: float
+) -> dict[str, Any]:
+    """Counts and rates, with vLLM's keys where it has them."""
+    total = num_input + num_output
+    return {
+        "elapsed_time": seconds,
+        "num_requests": num_requests,
+        "total_num_tokens": total,
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "requests_per_second": num_requests / seconds,
+        "tokens_per_second": total / seconds,
+        "output_tokens_per_second": num_output / seconds,
+    }
 
 
 def percentiles(values: Sequence[float], ranks: Sequence[float] = PERCENTILES) -> dict[str, float]:

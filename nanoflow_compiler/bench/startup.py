@@ -39,9 +39,10 @@ def measure_startup(
     from nanoflow_compiler.models.locate import resolve_model
 
     # By its path, since its name may lead to a cache that the processes are not to see.
-    is_real = model.load_format == "auto"
-    place = str(resolve_model(model.model)) if is_real else model.model
-    given = {"model": place, "dtype": model.dtype, "load_format": model.load_format, **engine}
+    loading = model.loading()
+    is_real = loading["load_format"] == "auto"
+    place = str(resolve_model(model.name)) if is_real else model.name
+    given = {"model": place, **loading, **engine}
     with progress("starts", total=settings.num_iters_cold + settings.num_iters_warm) as advance:
         starts = []
         for state, seconds in _starts(settings, given):
@@ -87,6 +88,7 @@ def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
         raise NanoflowError(f"a process that started the engine failed: {last}")
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     python = answer.pop("began") - began
+    answer["compile"] += answer.pop("capture", 0.0)
     return {"python": python, **answer, "total": python + sum(answer.values())}
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import fields
 from typing import Any
 
 __all__ = ["start"]
@@ -11,24 +12,23 @@ __all__ = ["start"]
 def start(
     *,
     model: str,
-    dtype: str,
-    load_format: Any,
     enforce_eager: bool,
     options: dict[str, object],
-    **config: Any,
+    **given: Any,
 ) -> dict[str, float]:
-    """Seconds by stage; ``config`` are fields of :class:`EngineConfig`."""
+    """Seconds by stage; ``given`` are fields of :class:`Loading` and of :class:`EngineConfig`."""
     began = time.perf_counter()
     from nanoflow_compiler.engine.engine_config import EngineConfig
     from nanoflow_compiler.engine.messages import EngineRequest
     from nanoflow_compiler.engine.sampling_params import SamplingParams
+    from nanoflow_compiler.engine.served import Loading
     from nanoflow_compiler.engine.spec import EngineSpec
 
+    loading = {field.name: given.pop(field.name) for field in fields(Loading)}
     spec = EngineSpec(
         model=model,
-        dtype=dtype,
-        load_format=load_format,
-        config=EngineConfig(**config),
+        **loading,
+        config=EngineConfig(**given),
         enforce_eager=enforce_eager,
         options=options,
     )

@@ -4,10 +4,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 import torch
+
+from nanoflow_compiler.bench.gpu_meter import GpuMeter
 
 __all__ = ["Sustained", "measure_sustained"]
 
@@ -36,7 +36,7 @@ def measure_sustained(
     Bursts run 10 to 15 % faster than what a card can sustain at its power limit. Give several calls
     on different memory where the memory of one would stay in the cache.
     """
-    graph, meter = _capture(calls), _Meter()
+    graph, meter = _capture(calls), GpuMeter()
     one_s = _replay(graph, 1)
     one_s = _replay(graph, max(1, round(warmup_seconds / one_s)))
     chunk = max(1, round(seconds / one_s / _CHUNKS))
@@ -79,21 +79,3 @@ def _replay(
         meanwhile()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / num_replays
-
-
-class _Meter:
-    """NVML's readings of torch's current device."""
-
-    def __init__(self) -> None:
-        self._nvml: Any = import_module("pynvml")
-        self._nvml.nvmlInit()
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # NVML counts all cards of the machine, torch those that it was shown.
-        self._device = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-
-    def energy_j(self) -> float:
-        """Since the driver was loaded."""
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1e3
-
-    def sm_mhz(self) -> float:
-        return float(self._nvml.nvmlDeviceGetClockInfo(self._device, self._nvml.NVML_CLOCK_SM))

@@ -10,7 +10,7 @@ __all__ = ["ThroughputSettings"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputSettings:
-    """Who answers."""
+    """Who answers, and what is measured beside the time."""
 
     backend: Annotated[
         Literal["nanoflow", "hf"], typer.Option(help="hf: generate of transformers.")
@@ -21,3 +21,8 @@ class ThroughputSettings:
     num_warmups: Annotated[
         int, typer.Option(min=0, help="Requests that are answered before the clock starts.")
     ] = 1
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 is greedy.")] = 1.0
+    wall: Annotated[
+        bool,
+        typer.Option("--wall", help="Also what the model's GEMMs and attention allow, on a GPU."),
+    ] = False

@@ -70,12 +70,13 @@ def throughput(
     output_json: OutputJson = None,
 ) -> None:
     """How fast many requests are answered that are all there at once."""
-    from nanoflow_compiler.bench.report import check_writable, write_json
-    from nanoflow_compiler.bench.throughput import measure_throughput
+    from nanoflow_compiler.bench.report import check_writable, print_rows, write_json
+    from nanoflow_compiler.bench.throughput import measure_throughput, throughput_rows
 
     check_writable(output_json)
     given = _engine(engine, compiler)
     found = measure_throughput(settings, model=model, dataset=dataset, engine=given)
+    print_rows(throughput_rows(found))
     typer.echo(
         f"Throughput: {found['requests_per_second']:.2f} requests/s, "
         f"{found['tokens_per_second']:.2f} total tokens/s, "

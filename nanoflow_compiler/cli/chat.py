@@ -11,7 +11,7 @@ from nanoflow_compiler.bench.model import ModelSettings
 from nanoflow_compiler.cli.chat_server import ServerChat
 from nanoflow_compiler.cli.chat_session import AnswerFn, Session, typed_lines
 from nanoflow_compiler.cli.command import command
-from nanoflow_compiler.cli.options import CompileFlags, Dtype, EngineFlags, given
+from nanoflow_compiler.cli.options import CompileFlags, Device, Dtype, EngineFlags, given
 from nanoflow_compiler.cli.spec import make_spec
 from nanoflow_compiler.errors import ConfigError
 
@@ -56,20 +56,23 @@ def chat(
     ] = None,
     sampling: ChatSampling,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     engine: EngineFlags,
     compiler: CompileFlags,
 ) -> None:
     """Talk to a model: of a server, or with MODEL in this process, for which the last flags are."""
     settings = given(**asdict(sampling))
     if model is None:
-        _refuse(engine.settings() or compiler != CompileFlags() or dtype != "auto", "a MODEL")
+        changed = (dtype, device, compiler) != ("auto", "auto", CompileFlags())
+        _refuse(engine.settings() or changed, "a MODEL")
         remote = ServerChat(
             server.url, model=server.model_name, api_key=server.api_key, sampling=settings
         )
         _talk(remote.answer, system_prompt=system_prompt, quick=quick)
         return
     _refuse(server.model_name or server.url != ServerOfChat().url, "a server, without MODEL")
-    spec = make_spec(ModelSettings(model=model, dtype=dtype), engine=engine, compiler=compiler)
+    named = ModelSettings(model=model, dtype=dtype, device=device)
+    spec = make_spec(named, engine=engine, compiler=compiler)
     from nanoflow_compiler.cli.chat_local import LocalChat
 
     with closing(LocalChat(spec, sampling=settings)) as local:

@@ -21,7 +21,7 @@ class LocalChat:
         self._params = SamplingParams(**{"max_tokens": None, **sampling})
         built = spec.build()
         self._core = built.core
-        self._tokenizer = built.served.tokenizer
+        self._tokenizer = built.tokenizer
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise ConfigError(f"{spec.model} has no chat template; use nanoflow generate --raw")
         self._processor = OutputProcessor(self._tokenizer)

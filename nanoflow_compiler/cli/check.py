@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow_compiler.cli.command import command
-from nanoflow_compiler.cli.options import Dtype
+from nanoflow_compiler.cli.options import Device, Dtype
 from nanoflow_compiler.config import cache_dir
 
 __all__ = ["check"]
@@ -29,6 +29,7 @@ def check(
     model: Annotated[str | None, typer.Argument(help="Also show how this model compiles.")] = None,
     *,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
     num_hidden_layers: Annotated[
         int | None, typer.Option(help="Fewer layers; with --load-format dummy.")
@@ -39,7 +40,7 @@ def check(
         _print_machine()
     else:
         loading = {"load_format": load_format, "num_hidden_layers": num_hidden_layers}
-        _print_report(model, dtype=dtype, **loading)
+        _print_report(model, dtype=dtype, device=device, **loading)
 
 
 def _print_report(model: str, **loading: Any) -> None:

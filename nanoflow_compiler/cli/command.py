@@ -31,9 +31,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*, verbose: bool, **given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         with _errors_as_one_line(verbose=verbose):
+            for name, group in groups.items():
+                own = {field.name: given.pop(field.name) for field in fields(group)}
+                given[name] = group(**own)
             function(**given)
 
     run.__signature__ = Signature([*flags, verbose_flag])  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import typer
 from nanoflow_compiler.cli.command import command
 from nanoflow_compiler.cli.options import (
     CompileFlags,
+    Device,
     Dtype,
     EngineFlags,
     Model,
@@ -40,6 +41,7 @@ def generate(
     ] = None,
     sampling: SamplingFlags,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     engine: EngineFlags,
     compiler: CompileFlags,
     dump: Annotated[Path | None, typer.Option(help="Write every compile step here.")] = None,
@@ -53,6 +55,7 @@ def generate(
     """Answer prompts."""
     settings = {
         "dtype": dtype,
+        "device": device,
         **engine.settings(),
         "enforce_eager": compiler.enforce_eager,
         "options": compiler.options() | given(dump=dump),

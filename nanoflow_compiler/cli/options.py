@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["CompileFlags", "Dtype", "EngineFlags", "Model", "SamplingFlags", "StepFlags", "given"]
+from nanoflow_compiler.bench.model import Device, DummyDistributionFlag
+
+__all__ = [
+    "CompileFlags",
+    "Device",
+    "Dtype",
+    "DummyDistributionFlag",
+    "EngineFlags",
+    "Model",
+    "SamplingFlags",
+    "StepFlags",
+    "given",
+]
 
 Model = Annotated[
     str, typer.Argument(help="Directory, .gguf file, hub id, or an alias such as smollm2-135m.")

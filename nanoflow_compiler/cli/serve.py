@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 import typer
 
 from nanoflow_compiler.cli.command import command
-from nanoflow_compiler.cli.options import CompileFlags, Dtype, EngineFlags, Model
+from nanoflow_compiler.cli.options import (
+    CompileFlags,
+    Device,
+    Dtype,
+    DummyDistributionFlag,
+    EngineFlags,
+    Model,
+)
 from nanoflow_compiler.cli.server_flags import ServerFlags
 from nanoflow_compiler.errors import ConfigError
 
@@ -21,9 +28,11 @@ def serve(
     server: ServerFlags,
     tokenizer: Annotated[str | None, typer.Option(help="Of another model.")] = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     load_format: Annotated[
         Literal["auto", "dummy"], typer.Option(help="auto, or dummy: random weights.")
     ] = "auto",
+    dummy_distribution: DummyDistributionFlag = "normal",
     engine: EngineFlags,
     seed: Annotated[int, typer.Option(help="For requests without one.")] = 0,
     compiler: CompileFlags,
@@ -48,7 +57,9 @@ def serve(
                 model=model,
                 tokenizer=tokenizer,
                 dtype=dtype,
+                device=device,
                 load_format=load_format,
+                dummy_distribution=dummy_distribution,
                 config=EngineConfig(**engine.settings(), seed=seed),
                 enforce_eager=compiler.enforce_eager,
                 options=compiler.options(),

@@ -17,9 +17,8 @@ def make_spec(model: ModelSettings, *, engine: EngineFlags, compiler: CompileFla
     from nanoflow_compiler.engine.spec import EngineSpec
 
     return EngineSpec(
-        model=model.model,
-        dtype=model.dtype,
-        load_format=model.load_format,
+        model=model.name,
+        **model.loading(),
         config=EngineConfig(**engine.settings()),
         enforce_eager=compiler.enforce_eager,
         options=compiler.options(),

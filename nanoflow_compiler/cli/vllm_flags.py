@@ -30,7 +30,7 @@ UNSUPPORTED = """
     chat-template-content-format code-revision collect-detailed-traces compilation-config config-format
     convert cpu-offload-gb data-parallel-address data-parallel-backend data-parallel-rank
     data-parallel-rpc-port data-parallel-size-local dcp-comm-backend
-    decode-context-parallel-size default-chat-template-kwargs device disable-cascade-attn
+    decode-context-parallel-size default-chat-template-kwargs disable-cascade-attn
     disable-chunked-mm-input disable-custom-all-reduce disable-hybrid-kv-cache-manager
     disable-log-requests disable-mm-preprocessor-cache disable-sliding-window distributed-executor-backend
     download-dir ec-transfer-config enable-dbo enable-eplb enable-expert-parallel

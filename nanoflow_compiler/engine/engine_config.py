@@ -78,6 +78,11 @@ class EngineConfig:
             max_num_batched_tokens=budget,
         )
 
+    @property
+    def is_cache_sized(self) -> bool:
+        """Whether the size of the KV cache is given, not derived from what the device has to spare."""
+        return self.num_kv_blocks is not None or self.kv_cache_memory_bytes is not None
+
     def count_blocks(
         self, sizes: "EngineSizes", *, block_size: int, bytes_per_block: int, spare_bytes: int
     ) -> int:
@@ -90,9 +95,8 @@ class EngineConfig:
             most = sizes.max_num_seqs * -(-sizes.max_model_len // block_size)
             fitting = min(most, spare_bytes // bytes_per_block)
         if fitting < 1:
-            given = self.kv_cache_memory_bytes
             raise ConfigError(
-                f"kv_cache_memory_bytes={spare_bytes if given is None else given} holds no block of "
+                f"kv_cache_memory_bytes={self.kv_cache_memory_bytes or spare_bytes} holds no block of "
                 f"the KV cache, which takes {bytes_per_block} bytes for {block_size} tokens of all "
                 "layers"
             )

@@ -9,17 +9,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoflow_compiler.config import CompileConfig
-from nanoflow_compiler.engine.assemble import make_core
+from nanoflow_compiler.engine.build import build_engine
 from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.device_times import DeviceTimes
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.limits import RequestLimits
+from nanoflow_compiler.engine.memory import explain_out_of_memory
 from nanoflow_compiler.engine.output_processor import Answer, OutputProcessor
 from nanoflow_compiler.engine.outputs import RequestOutput
 from nanoflow_compiler.engine.prompt import Prompt
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.engine.served import Served
+from nanoflow_compiler.engine.served import Loading
 from nanoflow_compiler.errors import ConfigError, EngineClosedError, RequestError
 from nanoflow_compiler.models import Decoder
+from nanoflow_compiler.models.weights import DummyDistribution
 
 __all__ = ["LLM"]
 
@@ -33,6 +36,7 @@ class LLM:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
@@ -43,6 +47,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         load_format: Literal["auto", "dummy"] = "auto",
+        dummy_distribution: DummyDistribution = "normal",
         enforce_eager: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> None:
@@ -62,18 +67,36 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
         )
-        served = Served.find(model, tokenizer=tokenizer, dtype=dtype, load_format=load_format)
-        self.tokenizer = served.tokenizer
-        self._path = served.path
-        self._processor = OutputProcessor(served.tokenizer)
-        self._core: EngineCore | None = make_core(
-            served, config, compile_config=None if enforce_eager else compile_config
+        built = build_engine(
+            model,
+            tokenizer=tokenizer,
+            loading=Loading(
+                dtype=dtype,
+                load_format=load_format,
+                device=str(device),
+                dummy_distribution=dummy_distribution,
+            ),
+            config=config,
+            compile_config=None if enforce_eager else compile_config,
         )
+        self.tokenizer = built.tokenizer
+        self.facts = built.facts
+        """What is in force: device, dtype, sizes, and bytes of the memory by use."""
+        self.seconds = built.seconds
+        """By stage of the start."""
+        self._path = built.path
+        self._processor = OutputProcessor(built.tokenizer)
+        self._core: EngineCore | None = built.core
 
     @property
     def model_path(self) -> Path | None:
         """The local directory of the model; ``None`` where it was given as a module."""
         return self._path
+
+    @property
+    def device_times(self) -> DeviceTimes | None:
+        """What a GPU says of its steps."""
+        return self._open_core().runner.times
 
     @property
     def limits(self) -> RequestLimits:
@@ -122,11 +145,12 @@ class LLM:
                 self._processor.open(answer)
                 for request in answer.requests:
                     core.add(request)
-            while core.has_requests:
-                if (output := core.step()) is not None:
-                    grown, stopped = self._processor.process(output)
-                    core.abort(stopped)
-                    on_finished(sum(answer.finished for answer in grown))
+            with explain_out_of_memory("in a step"):
+                while core.has_requests:
+                    if (output := core.step()) is not None:
+                        grown, stopped = self._processor.process(output)
+                        core.abort(stopped)
+                        on_finished(sum(answer.finished for answer in grown))
         finally:
             for answer in answers:
                 core.abort(self._processor.close(answer))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nanoflow_compiler.engine.core import EngineCore
+from nanoflow_compiler.engine.memory import explain_out_of_memory
 from nanoflow_compiler.engine.messages import (
     NO_TOKEN,
     Command,
@@ -30,22 +31,27 @@ def run_loop(core: EngineCore, inbox: Inbox, tell: Callable[[Event], None]) -> N
     """Returns when a command says so, or when a step fails; the core is closed then."""
     tell(Event(stats=core.stats()))
     try:
-        while True:
-            command = inbox.take(wait=not core.has_requests)
-            if command is None:
-                output = core.step()
-                tell(Event(stats=core.stats(), output=output))
-            elif command.close:
-                break
-            else:
-                refused = _add(core, command.add)
-                core.abort(command.abort)
-                tell(Event(stats=core.stats(), output=refused))
+        with explain_out_of_memory("in a step"):
+            _run(core, inbox, tell)
     except Exception as error:  # whatever it is, those who wait must hear of it
         _LOG.error("the engine stopped: %s", error, exc_info=error)
         tell(Event(error=" ".join(f"{type(error).__name__}: {error}".split())))
     finally:
         core.close()
+
+
+def _run(core: EngineCore, inbox: Inbox, tell: Callable[[Event], None]) -> None:
+    while True:
+        command = inbox.take(wait=not core.has_requests)
+        if command is None:
+            output = core.step()
+            tell(Event(stats=core.stats(), output=output))
+        elif command.close:
+            break
+        else:
+            refused = _add(core, command.add)
+            core.abort(command.abort)
+            tell(Event(stats=core.stats(), output=refused))
 
 
 def _add(core: EngineCore, requests: Sequence[EngineRequest]) -> StepOutput | None:

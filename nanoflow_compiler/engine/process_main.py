@@ -10,11 +10,11 @@ import threading
 
 import zmq
 
+from nanoflow_compiler.engine.build import BuiltEngine
 from nanoflow_compiler.engine.lifeline import Lifeline
 from nanoflow_compiler.engine.loop import run_loop
 from nanoflow_compiler.engine.messages import Command, Event
 from nanoflow_compiler.engine.process import COMMANDS, EVENTS, Failed, Launch, Ready
-from nanoflow_compiler.engine.spec import BuiltEngine
 from nanoflow_compiler.engine.wire import decode_command, encode
 from nanoflow_compiler.errors import NanoflowError
 
@@ -81,7 +81,7 @@ def _build(launch: Launch, lifeline: Lifeline) -> BuiltEngine:
     lifeline.send(
         Ready(
             limits=built.core.limits,
-            tokenizer=built.served.tokenizer,
+            tokenizer=built.tokenizer,
             sampling_defaults=built.sampling_defaults,
             facts=built.facts,
             seconds=built.seconds,

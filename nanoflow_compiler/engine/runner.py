@@ -5,7 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from nanoflow_compiler.attention_state import AttentionState
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.buckets import Bucket
+from nanoflow_compiler.engine.device_times import DeviceTimes
 from nanoflow_compiler.engine.forward import EagerStep, Forward, StepFn
 from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampled import Sampled
@@ -23,9 +23,6 @@ from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inp
 from nanoflow_compiler.engine.token_mask import TokenMask
 from nanoflow_compiler.kv_cache import KVCache
 from nanoflow_compiler.upload import upload
-
-if TYPE_CHECKING:
-    from nanoflow_compiler.engine.step_clock import StepClock
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
 
@@ -77,12 +74,9 @@ class ModelRunner:
         self.cache = cache
         self.cut = cut
         self.graphs: StepGraphs | None = None
-        self.clock: StepClock | None = None
-        """Of who wants to know when steps ran on a GPU."""
+        self.times = DeviceTimes() if cache.device.type == "cuda" else None
         threaded = cache.device.type != "cpu" if is_threaded is None else is_threaded
-        self._worker = (
-            ThreadPoolExecutor(1, thread_name_prefix="nanoflow-device") if threaded else None
-        )
+        self._worker = _worker(cache.device) if threaded else None
 
     def capture(self, buckets: Iterable[Bucket], *, max_model_len: int) -> Iterator[Bucket]:
         """Capture steps of these sizes as CUDA graphs, before the first batch; yields each."""
@@ -137,7 +131,7 @@ class ModelRunner:
         return partial(self.forward, inputs, state=state, cuts=cuts), inputs
 
     def _run(self, prepared: PreparedStep, mask: "Future[TokenMask] | None") -> Sampled:
-        with self.clock.step() if self.clock else nullcontext():
+        with self.times.step() if self.times else nullcontext():
             logits = prepared.run()
             return self._choose(logits, prepared, mask.result() if mask else None)
 
@@ -177,6 +171,16 @@ class ModelRunner:
             found = prompt_logprobs(logits[num:], inputs.targets, num=prepared.num_prompt_logprobs)
             sampled = replace(sampled, prompt_logprobs=found)
         return sampled.sent()
+
+
+def _worker(device: torch.device) -> ThreadPoolExecutor:
+    """A thread whose kernels run on the device, whichever that is of the machine's."""
+    name = "nanoflow-device"
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, thread_name_prefix=name)
+    return ThreadPoolExecutor(
+        1, thread_name_prefix=name, initializer=torch.cuda.set_device, initargs=(device,)
+    )
 
 
 def _prepared(

@@ -1,18 +1,51 @@
 """A model as an engine needs it, however the user named it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nanoflow_compiler.engine.memory import explain_out_of_memory
 from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.models import Decoder, load_decoder
 from nanoflow_compiler.models.decoder import eos_token_ids, max_model_len
-from nanoflow_compiler.models.weights import check_finite
+from nanoflow_compiler.models.place import check_device
+from nanoflow_compiler.models.weights import DummyDistribution, check_finite
 
-__all__ = ["Served"]
+__all__ = ["Loading", "Served"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How a model is loaded that is given by its name."""
+
+    dtype: str | torch.dtype = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    device: str = "auto"
+    dummy_distribution: DummyDistribution = "normal"
+
+    def __post_init__(self) -> None:
+        """Refuse what names no device."""
+        check_device(self.device)
+
+    def check_loaded(self, model: PreTrainedModel) -> None:
+        """Refuse to change a model that is loaded."""
+        if (self.dtype, self.load_format, self.dummy_distribution) != ("auto", "auto", "normal"):
+            raise ConfigError(
+                "dtype, load_format and dummy_distribution are for models given by name; this one "
+                "is loaded"
+            )
+        if self.device != "auto" and not _is_same(torch.device(self.device), model.device):
+            raise ConfigError(
+                f"device={self.device!r}, but the model is on {model.device}: move it there, or "
+                "leave device out"
+            )
+
+
+def _is_same(wanted: torch.device, place: torch.device) -> bool:
+    return wanted.type == place.type and wanted.index in (None, place.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +66,15 @@ class Served:
         model: str | Path | Decoder | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None,
-        dtype: str | torch.dtype,
-        load_format: Literal["auto", "dummy"],
+        loading: Loading,
     ) -> "Served":
         loaded = isinstance(model, str | Path)
         if isinstance(model, str | Path):
-            model = load_decoder(model, dtype=dtype, load_format=load_format)
-        elif dtype != "auto" or load_format != "auto":
-            raise ConfigError(
-                "dtype and load_format are for models given by name; this one is loaded"
-            )
+            with explain_out_of_memory(f"while {model} was loaded"):
+                model = load_decoder(model, **asdict(loading))
         if isinstance(model, Decoder):
+            if not loaded:
+                loading.check_loaded(model.model)
             return cls(
                 model=model.model,
                 tokenizer=tokenizer or model.tokenizer,
@@ -57,6 +88,7 @@ class Served:
                 "the model must be a name, a path or a model of transformers, not "
                 + type(model).__name__
             )
+        loading.check_loaded(model)
         check_finite(model, where=type(model).__name__)
         return cls(
             model=model,

@@ -2,11 +2,14 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 from typer.testing import CliRunner
 
 from nanoflow_compiler.cli import app
+from nanoflow_compiler.engine import assemble
+from nanoflow_compiler.engine.device_times import DeviceTimes, StepTimes
 
 LAST_LINE = re.compile(
     r"Throughput: ([\d.]+) requests/s, ([\d.]+) total tokens/s, ([\d.]+) output tokens/s\n$"
@@ -44,6 +47,83 @@ def test_throughput_counts_all_tokens(run, backend):
     assert report["environment"]["versions"]["torch"]
 
 
+KEYS = {
+    *("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second"),
+    *(
+        "tokens_per_second",
+        "output_tokens_per_second",
+        "seconds",
+        "step_us",
+        "step_gaps_us",
+        "engine",
+    ),
+}
+
+
+def test_throughput_of_dummy_weights_needs_no_tokenizer(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny_model / "config.json").read_text())
+    path = tmp_path / "out.json"
+    flags = "--num-prompts 3 --input-len 5 --output-len 2 --enforce-eager --temperature 0"
+    words = ["bench", "throughput", "--dummy-weights", str(folder), "--device", "cpu"]
+    words += ["--dummy-distribution", "uniform", "--output-json", str(path), *flags.split()]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert "Seconds to load" in result.stdout
+    assert "Seconds to compile" in result.stdout
+    report = json.loads(path.read_text())
+    assert report.keys() >= KEYS
+    assert report["seconds"].keys() == {"load", "compile"}
+    assert report["engine"]["device"] == "cpu"
+    assert report["step_gaps_us"] is None
+    assert "joules_per_1000_tokens" not in report
+    assert report["settings"]["dummy_weights"] == str(folder)
+
+
+class Timed(DeviceTimes):
+    """Says what a GPU would."""
+
+    def __init__(self):
+        super().__init__()
+        self.capture_s = 0.25
+
+    def step(self):
+        return nullcontext()
+
+    def take(self):
+        return StepTimes(durations_us=[5.0, 7.0], gaps_us=[1.0, 2.0, 3.0])
+
+
+def test_times_of_steps_and_captures_are_reported(run, monkeypatch):
+    make = assemble.ModelRunner
+
+    def timed(*args, **rest):
+        runner = make(*args, **rest)
+        runner.times = Timed()
+        return runner
+
+    monkeypatch.setattr(assemble, "ModelRunner", timed)
+    flags = "--device cpu --num-prompts 2 --input-len 3 --output-len 2 --enforce-eager"
+    result, report = run("throughput", flags)
+    assert report["step_gaps_us"] == {
+        "mean": 2.0,
+        "p50": 2.0,
+        "p99": pytest.approx(2.98),
+        "num": 3,
+    }
+    assert report["step_us"]["mean"] == 6.0
+    assert report["seconds"]["capture"] == 0.25
+    assert "Gap between steps, p99 (us)" in result.stdout
+
+
+def test_one_model_is_named_once():
+    for flags in ([], ["--model", "a", "--dummy-weights", "b"]):
+        result = CliRunner().invoke(app, ["bench", "throughput", *flags])
+        assert result.exit_code == 2
+        assert "--dummy-weights NAME" in result.stderr
+
+
 def test_throughput_of_a_trace(run, tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nXXX,5,2\nXXX,600,9\nXXX,8,4\n")
@@ -65,6 +145,7 @@ def test_throughput_of_conversations(run, tmp_path):
     ("flags", "message"),
     [
         ("--backend hf", "needs --hf-max-batch-size"),
+        ("--backend hf --hf-max-batch-size 2 --wall", "--wall "),
         ("--hf-max-batch-size 2", "is for --backend hf"),
         ("--backend hf --hf-max-batch-size 2 --max-num-seqs 3", "are for --backend nanoflow"),
         ("--dataset-name sharegpt", "needs a file"),

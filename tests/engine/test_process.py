@@ -182,7 +182,7 @@ def test_what_stands_against_a_start_is_told_here(spec, changes, error, message)
 
 def test_a_tokenizer_of_another_model(spec, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
-    assert replace(spec, tokenizer=str(tmp_path)).build().served.tokenizer.vocab_size == 259
+    assert replace(spec, tokenizer=str(tmp_path)).build().tokenizer.vocab_size == 259
     with pytest.raises(ModelLoadError):
         replace(spec, tokenizer=str(tmp_path / "none")).build()
 

@@ -6,15 +6,24 @@ from nanoflow_compiler.models import configuration, published
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
 BILLIONS = {
+    "bench-1b": 1.532,
     "deepseek-67b": 67.4,
-    "llama-2-70b": 69.0,
-    "llama-3-70b": 70.6,
-    "llama-3-8b": 8.0,
-    "llama-3.2-1b": 1.2,
-    "mixtral-8x7b": 46.7,
-    "qwen2-72b": 72.7,
-    "qwen3-8b": 8.2,
+    "llama-2-70b": 68.98,
+    "llama-3-70b": 70.55,
+    "llama-3-8b": 8.03,
+    "llama-3.1-70b": 70.55,
+    "llama-3.1-8b": 8.03,
+    "llama-3.2-1b": 1.236,
+    "mixtral-8x7b": 46.70,
+    "qwen2-72b": 72.71,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.721,
+    "qwen3-14b": 14.77,
+    "qwen3-32b": 32.76,
+    "qwen3-4b": 4.022,
+    "qwen3-8b": 8.19,
 }
+"""Parameters, those that are tied counted once."""
 
 
 @pytest.mark.parametrize("name", published.catalog_names())
@@ -22,7 +31,15 @@ def test_catalog_has_the_published_number_of_parameters(name):
     config = configuration.make_config(published.catalog_config(name), where=name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == BILLIONS[name]
+    count = sum(p.numel() for p in model.parameters())
+    assert count / 1e9 == pytest.approx(BILLIONS[name], rel=0.001)
+
+
+def test_llama_31_stretches_its_positions():
+    config = configuration.make_config(published.catalog_config("llama-3.1-8b"), where="x")
+    assert config.max_position_embeddings == 131072
+    assert config.rope_parameters["rope_type"] == "llama3"
+    assert config.rope_parameters["factor"] == 8
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5", "vit", "clip", "bart"])

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +103,7 @@ def test_dummy_from_a_directory_is_repeatable(llama_dir):
         {"dtype": "int3"},
         {"device": "abacus"},
         {"load_format": "pickle"},
+        {"dummy_distribution": "cauchy"},
         {"num_hidden_layers": 1},
     ],
 )
@@ -111,8 +114,62 @@ def test_bad_settings(pristine, setting):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_absent_gpu(pristine):
-    with pytest.raises(ConfigError, match="no GPU"):
+    with pytest.raises(ConfigError, match="no CUDA device here; pass device='cpu'"):
         load_decoder(pristine, device="cuda")
+    assert load_decoder(pristine, device="auto").model.device.type == "cpu"
+
+
+def spread(weight):
+    return float(weight.detach().float().std())
+
+
+def test_distributions_of_dummy_weights(llama_dir):
+    normal = load_decoder(llama_dir, load_format="dummy").model
+    assert spread(normal.lm_head.weight) == pytest.approx(0.02, rel=0.3)
+    assert (normal.model.norm.weight == 1).all()
+    drawn = load_decoder(llama_dir, load_format="dummy", dummy_distribution="uniform").model
+    for weight in drawn.parameters():
+        assert 0 < weight.abs().max() <= 1e-3
+        assert spread(weight) == pytest.approx(1e-3 / 3**0.5, rel=0.4)
+    # What is no weight is as the configuration says.
+    assert torch.equal(drawn.model.rotary_emb.inv_freq, normal.model.rotary_emb.inv_freq)
+
+
+def test_dummy_weights_are_tied():
+    settings = {"load_format": "dummy", "num_hidden_layers": 1, "device": "meta"}
+    model = load_decoder("qwen3-0.6b", **settings).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_goes_to_the_gpu(sharded_dir):
+    ids = torch.tensor([[0, 3, 4]])
+    expected = load_decoder(sharded_dir, device="cpu").model(ids).logits
+    model = load_decoder(sharded_dir, device="cuda").model
+    assert {weight.device.type for weight in model.state_dict().values()} == {"cuda"}
+    assert model.model.rotary_emb.inv_freq.device.type == "cuda"
+    torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", ["normal", "uniform"])
+def test_dummy_weights_are_made_on_the_gpu(distribution):
+    settings = {"load_format": "dummy", "dummy_distribution": distribution, "device": "auto"}
+    start = time.perf_counter()
+    first = load_decoder("bench-1b", **settings).model
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 10
+    assert first.device.type == "cuda"
+    assert first.dtype == torch.bfloat16
+    second = load_decoder("bench-1b", **settings).model
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_there(pristine):
+    with pytest.raises(ConfigError, match="torch sees"):
+        load_decoder(pristine, device="cuda:99")
 
 
 def test_smollm2_answers(smollm2):

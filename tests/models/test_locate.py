@@ -61,6 +61,7 @@ def test_no_such_path(name, refuses, tmp_path, monkeypatch):
 
 def test_catalog_has_no_weights(refuses):
     refuses(resolve_model, "llama-3-8b", words=["dummy", "meta-llama/Meta-Llama-3-8B"])
+    refuses(resolve_model, "bench-1b", words=["dummy"])
 
 
 def test_directory_without_a_model(tmp_path, refuses):

@@ -117,6 +117,7 @@ def test_flags_of_vllm_alone_are_refused_by_name(flag):
         (["--lora_modules", "x"], "--lora-modules is a flag of vLLM"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--port", "99999"], "port must be"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--tool-call-parser", "pythonic"], "tool_call_parser must be one of"),
     ],
 )
@@ -132,10 +133,12 @@ api-key: [a, b]
 enable-auto-tool-choice: true
 enable-log-requests: false
 dtype: float32
+device: cuda:1
 max-num-seqs: 5
 max-engine-restarts: 2
 tokenizer: another
 load-format: dummy
+dummy-distribution: uniform
 """
 
 
@@ -161,6 +164,7 @@ def test_a_file_of_flags(serve, write):
     engine = config.engine
     assert (engine.model, engine.tokenizer) == ("from-file", "another")
     assert (engine.dtype, engine.load_format) == ("float32", "dummy")
+    assert (engine.device, engine.dummy_distribution) == ("cuda:1", "uniform")
     assert config.engine.config.max_num_seqs == 5
     assert config.max_engine_restarts == 2
 
@@ -168,6 +172,8 @@ def test_a_file_of_flags(serve, write):
 def test_flags_win_over_the_file(serve, write):
     config = serve("m", "--port", 8, "--config", write(CONFIG), "--api-key", "c", "--dtype", "auto")
     assert (config.engine.model, config.engine.dtype) == ("m", "auto")
+    assert serve("m", "--device", "cpu").engine.device == "cpu"
+    assert serve("m").engine.device == "auto"
     assert (config.server.port, config.server.api_keys) == (8, ("c",))
     assert serve("m", "--config", write("")).server == ServerSettings()
 
