@@ -23,7 +23,7 @@ __all__ = ["PackedDecoder"]
 
 
 class PackedDecoder(nn.Module):
-    """``(input_ids [T], positions [T], rows [R]) -> logits [R, V]``, float32.
+    """``(input_ids [T], positions [T], rows [R]) -> logits [R, V]``, in the dtype of the model.
 
     ``rows`` are the tokens whose logits are wanted. The keys and values of a call are in the layer of
     its number in ``layers``, of the cache in :func:`nanoflow_compiler.attention_state.attention_state`.
@@ -58,7 +58,7 @@ class PackedDecoder(nn.Module):
             input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **kept
         )
         logits: Tensor = output.logits[0] if self.keeps_rows else output.logits[0, rows]
-        return logits.float()
+        return logits
 
     def _probe(self) -> tuple[AttentionCall, ...]:
         self.model.config._attn_implementation = PROBE

@@ -18,7 +18,7 @@ __all__ = ["PackedStep", "compile_packed"]
 
 
 class PackedStep:
-    """``(input_ids [T], positions [T], rows [R], cuts) -> logits [R, V]``, float32."""
+    """``(input_ids [T], positions [T], rows [R], cuts) -> logits [R, V]``, in the dtype of the model."""
 
     def __init__(self, compiled: CompiledGraph, weights: Sequence[Tensor]) -> None:
         self.compiled = compiled

@@ -27,7 +27,8 @@ class StepFn(Protocol):
     def __call__(
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, cuts: Sequence[int]
     ) -> Tensor:
-        """Float32 logits ``[len(rows), V]``; cell ``i`` is the tokens ``cuts[i]`` up to ``cuts[i + 1]``."""
+        """Logits ``[len(rows), V]`` in the dtype of the model; cell ``i`` is the tokens ``cuts[i]`` up to
+        ``cuts[i + 1]``."""
 
     def close(self) -> None:
         """Release what the step holds; it is not called again."""

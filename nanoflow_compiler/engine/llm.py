@@ -152,8 +152,9 @@ class LLM:
                         core.abort(stopped)
                         on_finished(sum(answer.finished for answer in grown))
         finally:
-            for answer in answers:
-                core.abort(self._processor.close(answer))
+            left = [key for answer in answers for key in self._processor.close(answer)]
+            if left:
+                core.abort(left)
 
     def close(self) -> None:
         """Give back the KV cache and the programs; a closed engine accepts no more prompts."""

@@ -14,11 +14,11 @@ __all__ = ["change_logits"]
 def change_logits(
     logits: Tensor, batch: SamplingBatch, *, token_store: Tensor, mask: TokenMask | None
 ) -> Tensor:
-    """Masks, bias, bars and penalties, in the order of vLLM; the same tensor if no row asks for any."""
+    """Masks, bias, bars and penalties, in the order of vLLM, in float32; the same tensor if no row asks for any."""
     few = (batch.allowed_rows, batch.bias_rows, batch.barred_rows, batch.penalty_rows)
     if mask is None and not any(map(len, few)):
         return logits
-    logits = logits.clone()
+    logits = logits.to(torch.float32, copy=True)
     if mask is not None:
         _apply_mask(logits, mask)
     if len(batch.allowed_rows):

@@ -36,7 +36,7 @@ def sample(
     mask: TokenMask | None,
     drawn: Tensor | None = None,
 ) -> Sampled:
-    """Choose from ``logits [S, V]`` (float32), which are left unchanged.
+    """Choose from ``logits [S, V]``, which are left unchanged; what is computed of them is float32.
 
     ``token_store`` holds the token of every slot of the KV cache. ``drawn`` are tokens that a captured
     step has drawn from the logits as they are: they count if nobody wants the logits changed.
@@ -75,7 +75,7 @@ def _chosen_by_torch(logits: Tensor, batch: SamplingBatch) -> Tensor:
         part = slice(begin, begin := begin + len(group))
         index, *own = (column[part] for column in there)
         settings = Draw(*(column[:, None] for column in own))
-        tokens.index_copy_(0, index, draw(logits[index], settings, num_ordered=num_ordered))
+        tokens.index_copy_(0, index, draw(logits[index].float(), settings, num_ordered=num_ordered))
     return tokens
 
 

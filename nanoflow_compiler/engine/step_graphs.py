@@ -154,7 +154,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, tokens = self._run(bucket, inputs, draw, placed)
-        return CapturedStep(graph, inputs, draw, placed, logits, tokens)
+        return CapturedStep(graph, inputs, draw, placed, _unowned(logits), _unowned(tokens))
 
     @torch.inference_mode()
     def _run(
@@ -202,6 +202,27 @@ class StepGraphs:
             num_blocks=self._max_blocks,
             has_prompts=bucket.has_prompts,
         )
+
+
+class _Memory:
+    """Of a tensor, as other libraries are told of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{tensor.itemsize}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """The tensor without a claim to its memory, which the graphs of other buckets may use again.
+
+    It is read before any of them is replayed.
+    """
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
 
 
 def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[Tensor, Array]]:

@@ -16,8 +16,8 @@ from nanoflow_compiler.engine.logprobs import MAX_ELEMENTS
 
 __all__ = ["StepMemory"]
 
-_LOGIT_BYTES = 4 + 4
-"""Float32 logits, and a changed copy of them; those in the model's dtype come on top."""
+_LOGIT_BYTES = 4
+"""Of a changed copy of the logits, in float32; those in the model's dtype come on top."""
 _SAMPLER_BYTES = 32
 """Of each element that the sampler orders at once: values, indices in int64, sums, noise."""
 _BUFFERS = 6

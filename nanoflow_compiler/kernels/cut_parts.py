@@ -55,6 +55,7 @@ def _joined(sums):
 def load_depths(row_ptr, chunk, num_tokens, peak, temperature, CHUNK: tl.constexpr):
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(row_ptr + tokens, mask=tokens < num_tokens, other=float("-inf"))
+    logits = logits.to(tl.float32)
     _, depths = scaled_depths(logits, peak, temperature)
     return depths
 
