@@ -36,6 +36,8 @@ class DecodePlan:
     """``[2]``: pages, and pages of a share."""
     splits: Int32s
     """``[S, 4]`` of split requests: row, slot of the first piece, first and last share."""
+    pieces: Int32s
+    """``[shares, 2]``: for both slots of a share the split request that it has a piece of, or -1."""
 
 
 def plan_decode(
@@ -62,11 +64,13 @@ def plan_decode(
     pages |= (is_first << IS_FIRST) | (is_last << IS_LAST) | (first_tokens << FIRST_TOKEN)
     pages |= last_tokens
     share = max(1, -(-num_pages // num_shares))
+    splits = _splits(rows, starts=starts, ends=ends, share=share)
     return DecodePlan(
         blocks=tables[owners, columns].astype(np.int32),
         pages=pages.astype(np.int32),
         sizes=np.array([num_pages, share], dtype=np.int32),
-        splits=_splits(rows, starts=starts, ends=ends, share=share),
+        splits=splits,
+        pieces=_pieces(splits, num_shares=num_shares),
     )
 
 
@@ -76,3 +80,15 @@ def _splits(rows: Ints, *, starts: Ints, ends: Ints, share: int) -> Int32s:
     slots = 2 * first + (starts % share != 0)
     splits = np.stack([rows, slots, first, last], axis=1)[first < last]
     return splits.astype(np.int32)
+
+
+def _pieces(splits: Int32s, *, num_shares: int) -> Int32s:
+    """All pieces of a request but the first are what their share begins with."""
+    pieces = np.full((num_shares, 2), -1, dtype=np.int32)
+    numbers = np.arange(len(splits), dtype=np.int32)
+    _, first_slots, first, last = splits.T
+    counts = last - first
+    others = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces[np.repeat(first, counts) + 1 + others, 0] = np.repeat(numbers, counts)
+    pieces.reshape(-1)[first_slots] = numbers
+    return pieces

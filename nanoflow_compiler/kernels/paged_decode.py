@@ -2,8 +2,8 @@
 
 A thread block reads the pages of one KV head that :mod:`decode_plan` gives it, and attends with all
 query heads of that KV head at once (they are the rows of a tensor core's tile). What it finds of a
-request that others share in goes to a workspace as a sum, its maximum and its normaliser, which a second
-kernel merges. Scores are in units of log2, softmax is computed in float32.
+request that others share in goes to a workspace as a sum, its maximum and its normaliser; whoever finishes
+such a request last merges its pieces. Scores are in units of log2, softmax is computed in float32.
 
 On one H200 the three benchmarks of ``benchmarks/decode_attention.py`` read 4.0 to 4.4 TB/s.
 """
@@ -11,7 +11,6 @@ On one H200 the three benchmarks of ``benchmarks/decode_attention.py`` read 4.0 
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels import decode_plan
-from nanoflow_compiler.kernels.decode_plan import SPLIT_FIELDS, DecodePlan, Int32s, plan_decode
+from nanoflow_compiler.kernels.decode_plan import SPLIT_FIELDS, Int32s, plan_decode
 from nanoflow_compiler.kernels.pages import LEAST_SIDE, LOG2E, add_sink, launch, num_sms, width
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
@@ -60,36 +59,29 @@ class PageReads:
     pages: Tensor
     sizes: Tensor
     splits: Tensor
+    pieces: Tensor
+    arrived: Tensor
+    """``[shares, KV heads]``: of each split request, the pieces that are there. Zero between launches."""
     visibility: Visibility
     num_shares: int
     tiling: Tiling
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.blocks, self.pages, self.sizes, self.splits)
+        return (self.blocks, self.pages, self.sizes, self.splits, self.pieces)
 
-    def plan(self, requests: Requests) -> DecodePlan:
-        """For the decodes of these requests."""
+    def arrays(self, requests: Requests) -> tuple[Int32s, ...]:
+        """What goes to the beginning of :attr:`tensors`, with room, to serve these requests."""
         chosen = requests.decodes
         positions = requests.contexts[chosen]
-        return plan_decode(
+        plan = plan_decode(
             requests.starts[chosen],
             positions=positions,
             first_keys=self.visibility.first_key(positions),
             tables=requests.tables[chosen],
             num_shares=self.num_shares,
         )
-
-    def arrays(self, requests: Requests) -> tuple[Int32s, ...]:
-        """What goes to the beginning of :attr:`tensors`, with room, to serve these requests."""
-        plan = self.plan(requests)
-        # Fewer requests are split than there are borders of shares.
-        splits = np.full((self.num_shares, SPLIT_FIELDS), _NO_SPLIT, dtype=np.int32)
-        splits[: len(plan.splits)] = plan.splits
-        return (plan.blocks, plan.pages, plan.sizes, splits)
-
-
-_NO_SPLIT = -1
+        return (plan.blocks, plan.pages, plan.sizes, plan.splits, plan.pieces)
 
 
 def plan_pages(
@@ -103,10 +95,8 @@ def plan_pages(
     if not len(requests.decodes):
         return None
     reads = reads_with_room(pages, visibility=visibility, num_pages=0, tiling=tiling)
-    plan = reads.plan(requests)
-    arrays = (plan.blocks, plan.pages, plan.sizes, plan.splits)
-    blocks, described, sizes, splits = requests.tensors(arrays)
-    return replace(reads, blocks=blocks, pages=described, sizes=sizes, splits=splits)
+    blocks, described, sizes, splits, pieces = requests.tensors(reads.arrays(requests))
+    return replace(reads, blocks=blocks, pages=described, sizes=sizes, splits=splits, pieces=pieces)
 
 
 def reads_with_room(
@@ -124,7 +114,10 @@ def reads_with_room(
         blocks=zeros(num_pages),
         pages=zeros(num_pages),
         sizes=zeros(2),
+        # Fewer requests are split than there are borders of shares.
         splits=zeros(num_shares, SPLIT_FIELDS),
+        pieces=zeros(num_shares, 2) - 1,
+        arrived=zeros(num_shares, pages.keys.shape[1]),
         visibility=visibility,
         num_shares=num_shares,
         tiling=tiling,
@@ -142,12 +135,6 @@ def attend_pages(
     sums = torch.empty(*slots, v_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(*slots, 2, dtype=torch.float32, device=query.device)
     softcap = scoring.softcap
-    shape: dict[str, Any] = {
-        "NUM_HEADS": num_heads,
-        "V_DIM": v_dim,
-        "V_WIDTH": width(pages.values),
-        "HAS_SINKS": scoring.sinks is not None,
-    }
     launch(_read_pages, (reads.num_shares, num_kv_heads))(
         query,
         query.stride(0),
@@ -160,27 +147,32 @@ def attend_pages(
         reads.blocks,
         reads.pages,
         reads.sizes,
+        reads.splits,
+        reads.pieces,
+        reads.arrived,
         scoring.sinks,
         scoring.scale / softcap if softcap else scoring.scale * LOG2E,
         softcap * LOG2E,
         GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        NUM_HEADS=num_heads,
         ROWS=max(LEAST_SIDE, triton.next_power_of_2(group)),
         DIM=query.shape[-1],
         WIDTH=width(pages.keys),
+        V_DIM=v_dim,
+        V_WIDTH=width(pages.values),
         HAS_SOFTCAP=bool(softcap),
+        HAS_SINKS=scoring.sinks is not None,
         IS_EXACT=query.dtype is torch.float32,
         PAGE=BLOCK_SIZE,
         STAGES=reads.tiling.num_stages,
+        SPLIT_FIELDS=SPLIT_FIELDS,
+        PIECES=_PIECES,
         num_warps=reads.tiling.num_warps,
-        **shape,
     )
-    if len(reads.splits):
-        launch(_merge, (len(reads.splits), num_heads))(
-            sums, stats, reads.splits, out, scoring.sinks, PIECES=_PIECES, **shape
-        )
 
 
-_PIECES = 32
+_PIECES = 8
 """Of a split request, that are merged together."""
 
 
@@ -201,6 +193,9 @@ def _read_pages(
     blocks_ptr,
     pages_ptr,
     sizes_ptr,
+    splits_ptr,
+    pieces_ptr,
+    arrived_ptr,
     sinks_ptr,
     scale,
     softcap,
@@ -216,6 +211,9 @@ def _read_pages(
     IS_EXACT: tl.constexpr,
     PAGE: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLIT_FIELDS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     share_at = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -292,53 +290,87 @@ def _read_pages(
                 tl.store(stats_ptr + pieces * 2, greatest, mask=is_head)
                 tl.store(stats_ptr + pieces * 2 + 1, normaliser, mask=is_head)
 
+    # Behind the loop, because a loop that holds another is not pipelined.
+    for which in tl.static_range(2):
+        split = tl.load(pieces_ptr + 2 * share_at + which)
+        if split >= 0:
+            described = splits_ptr + split * SPLIT_FIELDS
+            num_pieces = tl.load(described + 3) - tl.load(described + 2) + 1
+            arrived = arrived_ptr + split * num_kv_heads + kv_head
+            # All threads have written before one of them says so, and whoever comes last sees it all.
+            tl.debug_barrier()
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == num_pieces - 1:
+                tl.store(arrived, 0)
+                _merge(
+                    sums_ptr,
+                    stats_ptr,
+                    described,
+                    out_ptr,
+                    sinks_ptr,
+                    kv_head,
+                    GROUP,
+                    NUM_HEADS,
+                    V_DIM,
+                    V_WIDTH,
+                    HAS_SINKS,
+                    GROUP_ROWS,
+                    PIECES,
+                )
+
 
 @triton.jit
 def _merge(
     sums_ptr,
     stats_ptr,
-    splits_ptr,
+    split_ptr,
     out_ptr,
     sinks_ptr,
+    kv_head,
+    GROUP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_WIDTH: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    split = splits_ptr + tl.program_id(0) * 4
-    head = tl.program_id(1)
-    row = tl.load(split).to(tl.int64)
-    if row < 0:
-        return
-    first_slot = tl.load(split + 1)
-    first = tl.load(split + 2)
-    last = tl.load(split + 3)
+    """All pieces of a split request, for the heads of a KV head."""
+    row = tl.load(split_ptr).to(tl.int64)
+    first_slot = tl.load(split_ptr + 1)
+    first = tl.load(split_ptr + 2)
+    last = tl.load(split_ptr + 3)
+    members = tl.arange(0, GROUP_ROWS)
+    heads = kv_head * GROUP + members
+    is_head = members < GROUP
     dims = tl.arange(0, V_WIDTH)
-    one = tl.zeros([1], tl.int32)
-    greatest = tl.full([1], float("-inf"), tl.float32)
-    normaliser = tl.zeros([1], tl.float32)
-    sums = tl.zeros([1, V_WIDTH], tl.float32)
+    greatest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+    normaliser = tl.zeros([GROUP_ROWS], tl.float32)
+    sums = tl.zeros([GROUP_ROWS, V_WIDTH], tl.float32)
     for start in range(first, last + 1, PIECES):
         shares = start + tl.arange(0, PIECES)
-        is_piece = shares <= last
-        pieces = tl.where(shares == first, first_slot, 2 * shares) * NUM_HEADS + head
-        peaks = tl.load(stats_ptr + pieces * 2, mask=is_piece, other=float("-inf"))
-        parts = tl.load(stats_ptr + pieces * 2 + 1, mask=is_piece, other=0.0)
+        slots = tl.where(shares == first, first_slot, 2 * shares)
+        pieces = slots[:, None] * NUM_HEADS + heads[None, :]
+        is_piece = (shares <= last)[:, None] & is_head[None, :]
+        # Others wrote them while this kernel ran: not through a cache that does not know.
+        peaks = tl.load(
+            stats_ptr + pieces * 2, mask=is_piece, other=float("-inf"), cache_modifier=".cg"
+        )
+        parts = tl.load(stats_ptr + pieces * 2 + 1, mask=is_piece, other=0.0, cache_modifier=".cg")
         values = tl.load(
-            sums_ptr + pieces[:, None] * V_DIM + dims[None, :],
-            mask=is_piece[:, None] & (dims < V_DIM)[None, :],
+            sums_ptr + pieces[:, :, None] * V_DIM + dims[None, None, :],
+            mask=is_piece[:, :, None] & (dims < V_DIM)[None, None, :],
             other=0.0,
+            cache_modifier=".cg",
         )
         raised = tl.maximum(greatest, tl.max(peaks, 0))
-        factors = tl.exp2(peaks - raised)
+        factors = tl.exp2(peaks - raised[None, :])
         factor = tl.exp2(greatest - raised)
         normaliser = normaliser * factor + tl.sum(parts * factors, 0)
-        sums = sums * factor[:, None] + tl.sum(values * factors[:, None], 0)[None, :]
+        sums = sums * factor[:, None] + tl.sum(values * factors[:, :, None], 0)
         greatest = raised
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head + one)
+        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
         normaliser, sums = add_sink(greatest, normaliser, sums, sink)
-    places = (row * NUM_HEADS + head) * V_DIM + dims[None, :]
+    places = (row * NUM_HEADS + heads)[:, None] * V_DIM + dims[None, :]
     result = (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + places, result, mask=(dims < V_DIM)[None, :])
+    tl.store(out_ptr + places, result, mask=is_head[:, None] & (dims < V_DIM)[None, :])
