@@ -9,18 +9,24 @@ On one H200 the three benchmarks of ``benchmarks/decode_attention.py`` read 4.0 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels import decode_plan
 from nanoflow_compiler.kernels.decode_plan import SPLIT_FIELDS, Int32s, plan_decode
-from nanoflow_compiler.kernels.pages import LEAST_SIDE, LOG2E, add_sink, launch, num_sms, width
+from nanoflow_compiler.kernels.pages import (
+    LEAST_SIDE,
+    LOG2E,
+    add_sink,
+    descriptor,
+    launch,
+    num_sms,
+    width,
+)
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
 
@@ -139,8 +145,8 @@ def attend_pages(
         query,
         query.stride(0),
         query.stride(1),
-        _descriptor(pages.keys),
-        _descriptor(pages.values),
+        descriptor(pages.keys),
+        descriptor(pages.values),
         out,
         sums,
         stats,
@@ -174,10 +180,6 @@ def attend_pages(
 
 _PIECES = 8
 """Of a split request, that are merged together."""
-
-
-def _descriptor(pool: Tensor) -> Any:
-    return TensorDescriptor.from_tensor(pool.view(-1, pool.shape[-1]), [BLOCK_SIZE, width(pool)])
 
 
 @triton.jit
@@ -247,13 +249,15 @@ def _read_pages(
             mask=is_head[:, None] & (dims < DIM)[None, :],
             other=0.0,
         )
-        place = (block * num_kv_heads + kv_head) * PAGE
-        key = keys.load([place, 0])
+        place = block * num_kv_heads + kv_head
+        # From before the page on, where its last tokens are not seen: what lies before it reads as zero.
+        shift = (page & (PAGE - 1)) - (PAGE - 1)
+        key = tl.reshape(keys.load([place, shift, 0]), [PAGE, WIDTH])
         scores = tl.dot(query, key.T, input_precision=precision) * scale
         if HAS_SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores) - 1)
         first_token = (page >> _FIRST_TOKEN) & (PAGE - 1)
-        is_seen = (tokens >= first_token) & (tokens <= (page & (PAGE - 1)))
+        is_seen = tokens + shift >= first_token
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
 
         is_start = (at == begin) | (is_first == 1)
@@ -265,8 +269,7 @@ def _read_pages(
         factor = tl.exp2(before - greatest)
         normaliser = tl.where(is_start, 0.0, normaliser) * factor + tl.sum(weights, 1)
         sums = tl.where(is_start, 0.0, sums) * factor[:, None]
-        # A block that was used before may hold anything behind its last token, and 0 * NaN is NaN.
-        value = tl.where(is_seen[:, None], values.load([place, 0]), 0.0)
+        value = tl.reshape(values.load([place, shift, 0]), [PAGE, V_WIDTH])
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=precision)
 
         if (is_last == 1) | (at == end - 1):

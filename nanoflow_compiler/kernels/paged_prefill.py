@@ -12,13 +12,11 @@ of its loop needs the result, hence one page in a turn.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels import prefill_plan
@@ -26,6 +24,7 @@ from nanoflow_compiler.kernels.pages import (
     LEAST_SIDE,
     LOG2E,
     add_sink,
+    descriptor,
     launch,
     num_sms,
     width,
@@ -188,8 +187,8 @@ def attend_prompts(
         query,
         query.stride(0),
         query.stride(1),
-        _descriptor(pages.keys),
-        _descriptor(pages.values),
+        descriptor(pages.keys),
+        descriptor(pages.values),
         out,
         tiles.tiles,
         tiles.blocks,
@@ -216,11 +215,6 @@ def attend_prompts(
         STAGES=tiles.tiling.num_stages,
         num_warps=tiles.tiling.num_warps,
     )
-
-
-def _descriptor(pool: Tensor) -> Any:
-    """Of the pages of all heads; what is read of a page beyond its begin or end is zero."""
-    return TensorDescriptor.from_tensor(pool.flatten(0, 1), [1, BLOCK_SIZE, width(pool)])
 
 
 @triton.jit

@@ -7,8 +7,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "launch", "num_sms", "width"]
+from nanoflow_compiler.kv_cache import BLOCK_SIZE
+
+__all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "descriptor", "launch", "num_sms", "width"]
 
 LOG2E = 1.4426950408889634
 LEAST_SIDE = 16
@@ -21,6 +24,14 @@ def width(pool: Tensor) -> int:
     """The dimensions of a head in a tile; those beyond its own are zero."""
     least: int = triton.next_power_of_2(pool.shape[-1])
     return max(least, LEAST_SIDE)
+
+
+def descriptor(pool: Tensor) -> Any:
+    """Of ``pool [blocks, heads, 64, dim]`` as pages of one head each, for the copy engine.
+
+    What is read of a page beyond its begin or end is zero.
+    """
+    return TensorDescriptor.from_tensor(pool.flatten(0, 1), [1, BLOCK_SIZE, width(pool)])
 
 
 def num_sms(device: torch.device) -> int:
