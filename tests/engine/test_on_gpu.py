@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled"),
 ]
 
-NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss"]
+NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12),
     SamplingParams(temperature=1, seed=3, max_tokens=20, logprobs=2, prompt_logprobs=1),
