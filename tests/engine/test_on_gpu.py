@@ -1,5 +1,7 @@
 """The engine on a GPU: the tokens that it finds on the CPU, in float32."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled"),
 ]
 
-NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss"]
+NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12),
     SamplingParams(temperature=1, seed=3, max_tokens=20, logprobs=2, prompt_logprobs=1),
@@ -47,6 +49,15 @@ def test_tokens_equal_those_of_the_cpu(name):
     assert tokens_of(model, options={"parts": 2}) == expected
     # Steps of prompts alone, of which nothing is sampled.
     assert tokens_of(model, max_num_batched_tokens=16) == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_steps_with_experts_are_captured(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with LLM(BUILDERS[name]().cuda()) as llm:
+            assert llm._core.runner.graphs.buckets.all
+    assert not [one for one in caught if "not captured" in str(one.message)]
 
 
 def test_preempted_requests_end_with_the_same_tokens():
