@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ class GraphPool:
     """Captures work as graphs of which only one runs at a time."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = _capture_stream(torch.cuda.current_device())
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(
@@ -38,6 +39,12 @@ class GraphPool:
                 raise
             graph.capture_end()
         return graph, tuple(map(_borrowed, outputs))
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The same for all pools: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Memory:
