@@ -163,14 +163,3 @@ def test_closed_graphs_hold_nothing(model, monkeypatch):
     assert not graphs._captured
     assert not graphs._plans
     assert graphs.buckets.all == ()
-
-
-def test_the_room_of_plans():
-    from nanoflow_compiler.paged_attention import Room
-
-    room = Room(num_tokens=8, num_requests=4, num_blocks=10, has_prompts=True)
-    assert room.num_decode_pages == 4 * 10 + 8
-    assert room.num_prompt_pages == 4 * 10
-    room = Room(num_tokens=3, num_requests=4, num_blocks=10, has_prompts=True)
-    assert room.num_decode_pages == 3 * 10 + 3
-    assert room.num_prompt_pages == 10
