@@ -42,7 +42,7 @@ def stage(arrays: Sequence[Array], *, is_pinned: bool) -> Staged:
 def upload(arrays: Sequence[Array], *, device: torch.device) -> list[Tensor]:
     """The arrays as tensors of the device; they share memory with each other, or with the host's."""
     if device.type == "cpu":
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return [torch.from_numpy(np.asarray(array, order="C")) for array in arrays]
     return stage(arrays, is_pinned=device.type == "cuda").copy(device)
 
 

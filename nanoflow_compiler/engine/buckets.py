@@ -21,11 +21,13 @@ class Bucket:
     """Requests may have several tokens; else each has one."""
 
     def holds(self, batch: Batch) -> bool:
-        fits = batch.num_tokens <= self.num_tokens and len(batch.rows) <= self.num_rows
-        return fits and not len(batch.prompt_rows)
+        """Whether the batch is of this kind, and not larger."""
+        if len(batch.prompt_rows) or self.has_prompts == batch.is_decode:
+            return False
+        return batch.num_tokens <= self.num_tokens and len(batch.rows) <= self.num_rows
 
     def example(self) -> Batch:
-        """A batch of this kind, in the scratch block."""
+        """A batch of this kind, in the scratch block: what it lacks in size is filled up."""
         none = Batch.empty()
         if not self.has_prompts:
             return none
@@ -46,24 +48,25 @@ class Bucket:
 
 
 class Buckets:
-    """Those that are captured."""
+    """Sizes in order."""
 
     def __init__(self, buckets: Iterable[Bucket]) -> None:
         self.all = tuple(sorted(buckets))
 
     def find(self, batch: Batch) -> Bucket | None:
         """The smallest that holds the batch; None for a batch that runs uncaptured."""
-        found = (bucket for bucket in self.all if bucket.has_prompts == (not batch.is_decode))
-        return next((bucket for bucket in found if bucket.holds(batch)), None)
+        return next((bucket for bucket in self.all if bucket.holds(batch)), None)
 
     @classmethod
     def of_sizes(cls, *, max_num_seqs: int, max_num_batched_tokens: int) -> "Buckets":
         """For up to ``max_num_seqs`` requests that decode, and steps with prompts up to the budget."""
-        decodes = [Bucket(size, size) for size in _decode_sizes(max_num_seqs)]
+        most_decodes = min(max_num_seqs, max_num_batched_tokens)
+        decodes = [Bucket(size, size) for size in _decode_sizes(most_decodes)]
         mixed = (
             Bucket(size, min(size, rows, max_num_seqs), has_prompts=True)
             for size in _sizes(max_num_batched_tokens, _MIXED_STEPS)
             for rows in (_FEW_ROWS, max_num_seqs)
+            if size > 1  # one token is a decode
         )
         return cls({*decodes, *mixed})
 

@@ -42,8 +42,8 @@ class DeviceTimes:
 
     def take(self) -> StepTimes:
         """Of the steps since the last call; waits until the last has ended."""
-        steps = list(self._steps)
-        self._steps.clear()
+        # Another thread may append meanwhile: what it appends is for the next call.
+        steps = [self._steps.popleft() for _ in range(len(self._steps))]
         for _, ended in steps[-1:]:
             ended.synchronize()
         return StepTimes(

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from nanoflow_compiler.engine.buckets import Bucket, Buckets
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.engine.draw_columns import DrawColumns, draw_columns
 from nanoflow_compiler.engine.forward import Forward
+from nanoflow_compiler.engine.graph_pool import GraphPool
 from nanoflow_compiler.engine.sampler import draw_on_gpu
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
@@ -37,7 +39,10 @@ Plans = dict[Hashable, object]
 
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """A graph, and the memory that it reads and writes."""
+    """A graph, and the memory that it reads and writes.
+
+    What it writes is there until another one runs.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: StepInputs[Tensor]
@@ -69,27 +74,35 @@ class StepGraphs:
         self._max_blocks = -(-max_model_len // BLOCK_SIZE)
         self._captured: dict[Bucket, CapturedStep] = {}
         self._plans: dict[tuple[int, PlanKey, bool], Plan] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        """By part, key, and whether there are prompts; all buckets of a kind share them."""
+        self._pool = GraphPool()
+        self._is_pinned = forward.cache.device.type == "cuda"
         self._memory = torch.empty(0, dtype=torch.uint8, device=forward.cache.device)
 
     def capture(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
         """Capture them, the largest first, so that the others find memory enough; yields each.
 
-        One that cannot be captured is left out, with a warning that names the line that failed.
+        When one cannot be captured, a warning names the line that failed, and neither it nor a smaller
+        one of its kind is: such steps run launched, since a larger graph would take them longer.
         """
-        for bucket in sorted(buckets, reverse=True):
+        ordered = sorted(buckets, reverse=True)
+        self.buckets = Buckets(ordered)
+        failed = set()
+        for bucket in ordered:
+            if bucket.has_prompts in failed:
+                continue
             try:
                 self._captured[bucket] = self._capture(bucket)
             except Exception as error:
                 warnings.warn(_refusal(bucket, error), stacklevel=2)
-                break
-            yield bucket
-        self.buckets = Buckets(self._captured)
+                failed.add(bucket.has_prompts)
+            else:
+                yield bucket
 
     def ready(self, batch: Batch, sampling: SamplingBatch) -> ReadyStep | None:
         """The captured step for a batch and its inputs; None if there is none."""
         bucket = self.buckets.find(batch)
-        if bucket is None:
+        if bucket is None or bucket not in self._captured:
             return None
         step = self._captured[bucket]
         layout, inputs = self._inputs(bucket, batch)
@@ -101,7 +114,7 @@ class StepGraphs:
         ]
         columns = draw_columns(sampling, step.logits.shape[-1]).padded(bucket.num_rows)
         fixed = (*inputs.arrays, *columns.arrays)
-        staged = stage([*fixed, *(array for _, array in plans)], is_pinned=True)
+        staged = stage([*fixed, *(array for _, array in plans)], is_pinned=self._is_pinned)
         arrays = views(staged.memory, staged.forms)[len(fixed) :]
         return ReadyStep(
             step=step,
@@ -110,7 +123,10 @@ class StepGraphs:
         )
 
     def run(self, ready: ReadyStep) -> Tensor:
-        """Logits of all rows of the bucket, until the next call."""
+        """Logits of all rows of the bucket, until the next call.
+
+        Nothing is copied to memory that a step before still reads: all that is launched is in order.
+        """
         self._memory[: len(ready.inputs)].copy_(ready.inputs, non_blocking=True)
         for there, here in ready.plans:
             there[: len(here)].copy_(here, non_blocking=True)
@@ -150,11 +166,9 @@ class StepGraphs:
         for part in placed:
             for there, array in _plan_inputs(Requests.of(part), part.plans.values()):
                 there[: len(array)].copy_(torch.from_numpy(array))
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, tokens = self._run(bucket, inputs, draw, placed)
-        return CapturedStep(graph, inputs, draw, placed, _unowned(logits), _unowned(tokens))
+        launch = partial(self._run, bucket, inputs, draw, placed)
+        graph, (logits, tokens) = self._pool.capture(launch)
+        return CapturedStep(graph, inputs, draw, placed, logits, tokens)
 
     @torch.inference_mode()
     def _run(
@@ -176,7 +190,7 @@ class StepGraphs:
     ) -> tuple[StepInputs[Tensor], Draw]:
         """All buckets have their inputs at the beginning of the same memory."""
         num_inputs = len(inputs.arrays)
-        staged = stage([*inputs.arrays, *columns.arrays], is_pinned=True)
+        staged = stage([*inputs.arrays, *columns.arrays], is_pinned=self._is_pinned)
         if len(self._memory) < len(staged.memory):
             assert not self._captured, "the largest bucket is captured first"
             self._memory = torch.empty_like(staged.memory, device=self._memory.device)
@@ -204,27 +218,6 @@ class StepGraphs:
         )
 
 
-class _Memory:
-    """Of a tensor, as other libraries are told of it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        assert tensor.is_contiguous()
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": f"<i{tensor.itemsize}",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def _unowned(tensor: Tensor) -> Tensor:
-    """The tensor without a claim to its memory, which the graphs of other buckets may use again.
-
-    It is read before any of them is replayed.
-    """
-    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
-
-
 def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[Tensor, Array]]:
     """Where the plans for these requests go on the device, and their arrays."""
     for plan in plans:
@@ -235,10 +228,11 @@ def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[
 def _refusal(bucket: Bucket, error: Exception) -> str:
     lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame)]
     where = f" at `{lines[-1]}`" if lines else ""
-    reason = str(error).strip().partition("\n")[0]
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    kind = "steps with prompts" if bucket.has_prompts else "decode steps"
     return (
-        f"steps of {bucket.num_tokens} tokens are not captured as CUDA graphs, and run launched one "
-        f"operation at a time: {reason}{where}"
+        f"{kind} of up to {bucket.num_tokens} tokens are not captured as CUDA graphs, and run launched "
+        f"one operation at a time: {reason}{where}"
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from nanoflow_compiler.engine.draw import Draw
-from nanoflow_compiler.engine.draw_columns import draw_columns
+from nanoflow_compiler.engine.draw_columns import DrawColumns, draw_columns
 from nanoflow_compiler.engine.noise import row_keys
 from nanoflow_compiler.upload import upload
 from sampling_rows import make_batch, row
@@ -38,3 +38,23 @@ def test_uploaded_arrays_are_the_fields_of_a_draw():
         assert getattr(settings, name).tolist() == getattr(columns, name).tolist()
     dtypes = [torch.float32, torch.float32, torch.int64, torch.float64, torch.int32, torch.int32]
     assert [getattr(settings, name).dtype for name in Draw.__slots__] == dtypes
+
+
+def test_rows_that_fill_up_are_greedy():
+    batch, _ = make_batch(ROWS)
+    columns = draw_columns(batch, 50)
+    padded = columns.padded(len(ROWS) + 3)
+    for before, after in zip(columns.arrays, padded.arrays, strict=True):
+        assert after.dtype == before.dtype
+        assert after[: len(ROWS)].tolist() == before.tolist()
+    assert padded.temperature[len(ROWS) :].tolist() == [0, 0, 0]
+    assert padded.limit[len(ROWS) :].tolist() == [1, 1, 1]
+    for before, after in zip(padded.arrays, padded.padded(len(ROWS) + 3).arrays, strict=True):
+        assert after.tolist() == before.tolist()
+
+
+def test_columns_of_no_row():
+    batch, _ = make_batch(ROWS)
+    for none, some in zip(DrawColumns.none().arrays, draw_columns(batch, 50).arrays, strict=True):
+        assert none.shape == (0,)
+        assert none.dtype == some.dtype

@@ -78,3 +78,19 @@ def test_shares_are_equal(lengths, num_shares):
     num_pages, share = plan.sizes.tolist()
     assert len(plan.pages) == len(plan.blocks) == num_pages
     assert share * num_shares >= num_pages > (share - 1) * num_shares
+
+
+def test_a_plan_of_no_request():
+    none = np.zeros(0, dtype=np.int64)
+    plan = plan_decode(
+        none, positions=none, first_keys=none, tables=np.zeros((0, 3), dtype=np.int64), num_shares=5
+    )
+    assert plan.sizes.tolist() == [0, 1]
+    assert (plan.blocks.shape, plan.pages.shape, plan.splits.shape) == ((0,), (0,), (0, 4))
+    assert not list(runs(plan, 5))
+
+
+@given(requests, st.integers(1, 20))
+def test_fewer_requests_are_split_than_there_are_shares(lengths, num_shares):
+    plan, _ = make(lengths, num_shares=num_shares)
+    assert len(plan.splits) < num_shares

@@ -72,3 +72,17 @@ def test_tiles_that_are_much_longer_come_first(drawn):
     num_pages = plan.tiles[:, 4]
     after = np.maximum.accumulate(num_pages[::-1])[::-1]
     assert (num_pages >= after - num_pages.max() / 8).all()
+
+
+def test_a_plan_of_no_request():
+    none = np.zeros(0, dtype=np.int64)
+    plan = plan_prefill(
+        none,
+        counts=none,
+        positions=none,
+        tables=np.zeros((0, 3), dtype=np.int64),
+        visibility=Visibility(window=5),
+        queries=16,
+    )
+    assert plan.sizes.tolist() == [0]
+    assert (plan.tiles.shape, plan.blocks.shape) == ((0, 6), (0,))

@@ -1,0 +1,65 @@
+"""CUDA graphs that share their memory, and what is left when one cannot be captured: nothing."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["GraphPool"]
+
+
+class GraphPool:
+    """Captures work as graphs of which only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._stream = _capture_stream(torch.cuda.current_device())
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def capture(
+        self, launch: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        """What ``launch`` launches, and what it returns: until another graph of the pool runs.
+
+        The error of a capture that fails is that of ``launch``, and the current stream is as before.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # memory that is kept for other work is out of a capture's reach
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                outputs = launch()
+            except BaseException:
+                with suppress(RuntimeError):  # it says only that the capture failed
+                    graph.capture_end()
+                # The broken capture may still count as recording in there.
+                self._memory = torch.cuda.graph_pool_handle()
+                raise
+            graph.capture_end()
+        return graph, tuple(map(_borrowed, outputs))
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The same for all pools: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class _Memory:
+    """Of a tensor, without keeping it; as integers, because the interface has no bfloat16."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{tensor.itemsize}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, which the next graph may use: logits of all graphs would be gigabytes."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
