@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.errors import (
+    CaptureError,
     ConfigError,
     EmptyPromptError,
     EngineClosedError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "CaptureError",
     "CompileConfig",
     "ConfigError",
     "EmptyPromptError",

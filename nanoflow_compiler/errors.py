@@ -7,6 +7,7 @@
     +-- ModelLoadError          weights or configuration cannot be found, read or trusted
     +-- UnsupportedGraphError   the model does something that we cannot represent
     +-- InvalidProgramError     a step broke the rule of its value (``where`` names the step)
+    +-- CaptureError            a step cannot be captured as a CUDA graph
     +-- OutOfBlocksError        the KV cache cannot hold what was asked
     +-- EngineDeadError         the engine stopped by itself, with all that it was running
     +-- RequestError            one request is refused
@@ -16,6 +17,7 @@
 """
 
 __all__ = [
+    "CaptureError",
     "ConfigError",
     "EmptyPromptError",
     "EngineClosedError",
@@ -55,6 +57,10 @@ class InvalidProgramError(NanoflowError):
     def __init__(self, message: str, *, where: str) -> None:
         super().__init__(f"{where}: {message}")
         self.where = where
+
+
+class CaptureError(NanoflowError):
+    """A step cannot be captured as a CUDA graph; it runs, launched one operation at a time."""
 
 
 class OutOfBlocksError(NanoflowError):

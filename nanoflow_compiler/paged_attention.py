@@ -20,6 +20,7 @@ from nanoflow_compiler.attention_plan import (
 )
 from nanoflow_compiler.attention_state import AttentionPart
 from nanoflow_compiler.decode_attention import Decodes, Heads, attend_decodes, plan_sums
+from nanoflow_compiler.errors import CaptureError
 from nanoflow_compiler.kv_cache import HeadPages, KVCache, RowTables
 from nanoflow_compiler.scoring import Scoring
 
@@ -126,7 +127,11 @@ class PlanKey:
 
     def with_room(self, room: Room) -> Plan:
         """A plan of nothing yet, at a place that stays: captured steps are planned anew each time."""
-        assert isinstance(self.tables, HeadPages), "only what a kernel plans can be planned anew"
+        if not isinstance(self.tables, HeadPages):
+            raise CaptureError(
+                "attention is planned on the host, because its kernels need heads of multiples of 16 "
+                "bytes and a GPU of compute capability 9.0"
+            )
         assert self.heads is not None
         reads = _gpu("paged_decode").reads_with_room(
             self.tables, visibility=self.visibility, num_pages=room.num_decode_pages

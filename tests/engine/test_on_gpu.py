@@ -15,7 +15,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled"),
 ]
 
-NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"]
+# Its values have heads of 40 bytes, which TMA cannot read.
+UNCAPTURED = pytest.mark.filterwarnings("ignore:.* are not captured")
+NAMES = [
+    *("llama", "gemma2", "gpt2", "gpt_oss", "mixtral", "qwen3_moe"),
+    pytest.param("deepseek_v3", marks=UNCAPTURED),
+]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=12),
     SamplingParams(temperature=1, seed=3, max_tokens=20, logprobs=2, prompt_logprobs=1),

@@ -149,7 +149,7 @@ def test_layers_that_no_kernel_reads_are_not_captured(model, monkeypatch):
     monkeypatch.setattr(step_graphs, "GraphPool", FakePool)
     monkeypatch.setattr(step_graphs, "draw_on_gpu", lambda logits, _: logits.argmax(-1))
     with LLM(model, enforce_eager=True) as llm:
-        with pytest.warns(UserWarning, match="only what a kernel plans can be planned anew"):
+        with pytest.warns(UserWarning, match="heads of multiples of 16 bytes"):
             capture(llm, [Bucket(2, 2)])
         assert len(answers(llm, make_requests(2))[0]) == 2
 
