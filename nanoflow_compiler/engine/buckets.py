@@ -71,9 +71,9 @@ class Buckets:
         return cls({*decodes, *mixed})
 
 
-_STEPS: Sequence[tuple[int, int]] = ((16, 8), (128, 16), (256, 32), (1 << 30, 64))
+_STEPS: Sequence[tuple[int, int]] = ((16, 8), (128, 16), (256, 32), (1024, 64), (1 << 30, 256))
 """Up to a size, multiples of a step: a small share is filled up where a step is not short anyway."""
-_MIXED_STEPS: Sequence[tuple[int, int]] = ((512, 128), (1 << 30, 256))
+_MIXED_STEPS: Sequence[tuple[int, int]] = ((512, 128), (2048, 256), (8192, 1024), (1 << 30, 4096))
 _FEW_ROWS = 128
 """Of logits, of a step that computes prompts for the most part."""
 
