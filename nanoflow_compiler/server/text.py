@@ -28,7 +28,7 @@ class TextCodec:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", *, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._threads: ThreadPoolExecutor | None = None
         self._pieces: dict[int, str] = {}
         self._longest: int | None = None
 
@@ -85,10 +85,15 @@ class TextCodec:
         """Run work of so many characters or tokens here if it is short, else in a thread."""
         if size <= SHORT_CHARACTERS:
             return work()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Let the threads go; an application that starts again gets new ones."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
 
     def _longest_token(self) -> int:
         """Characters; pieces of byte-level vocabularies are at least as long as their text."""
