@@ -6,11 +6,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nanoflow_compiler.attention_state import AttentionState, attention_state
+from nanoflow_compiler.attention_state import (
+    AttentionPart,
+    AttentionState,
+    StepLayout,
+    attention_state,
+)
 from nanoflow_compiler.engine.step_inputs import StepInputs
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 
-__all__ = ["EagerStep", "Forward", "StepFn"]
+__all__ = ["CutFn", "EagerStep", "Forward", "StepFn"]
+
+CutFn = Callable[[int, int], Sequence[int]]
+"""Number of tokens and of cells to the cells' offsets: 0, ..., number of tokens."""
 
 
 class StepFn(Protocol):
@@ -70,6 +78,15 @@ class Forward:
     def spare_slot(self) -> int:
         """Of rows that nobody asked for."""
         return len(self.last_tokens) - 1
+
+    def parts(
+        self, layout: StepLayout, *, cuts: Sequence[int], slots: Tensor
+    ) -> tuple[AttentionPart, ...]:
+        """Those that the step attends in, of a layout whose KV slots are on the device already."""
+        return tuple(
+            layout.part(cuts[first], cuts[last], slots=slots)
+            for first, last in self.step.attention_parts
+        )
 
     @torch.inference_mode()
     def __call__(

@@ -1,6 +1,6 @@
 """Runs batches on the device: inputs, the compiled step, the sampler. Submitted now, asked for later."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from nanoflow_compiler.attention_state import AttentionState
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.buckets import Bucket
 from nanoflow_compiler.engine.device_times import DeviceTimes
-from nanoflow_compiler.engine.forward import EagerStep, Forward, StepFn
+from nanoflow_compiler.engine.forward import CutFn, EagerStep, Forward, StepFn
 from nanoflow_compiler.engine.logprobs import prompt_logprobs
 from nanoflow_compiler.engine.sampled import Sampled
 from nanoflow_compiler.engine.sampler import sample
@@ -25,9 +25,6 @@ from nanoflow_compiler.kv_cache import KVCache
 from nanoflow_compiler.upload import upload
 
 __all__ = ["CutFn", "EagerStep", "ModelRunner", "PreparedStep", "StepFn", "even_cuts"]
-
-CutFn = Callable[[int, int], Sequence[int]]
-"""Number of tokens and of cells to the cells' offsets: 0, ..., number of tokens."""
 
 
 def even_cuts(num_tokens: int, num_cells: int) -> list[int]:
@@ -118,15 +115,12 @@ class ModelRunner:
         )
 
     def _launched(self, batch: Batch) -> tuple[Callable[[], Tensor], StepInputs[Tensor]]:
-        step, device = self.forward.step, self.cache.device
+        device = self.cache.device
         layout = layout_of(batch)
         arrays = pack_inputs(batch, layout, needs_rows=device.type != "cpu")
         inputs = StepInputs.of(upload(arrays.arrays, device=device))
-        cuts = tuple(self.cut(batch.num_tokens, step.num_cells))
-        parts = tuple(
-            layout.part(cuts[first], cuts[last], slots=inputs.kv_slots)
-            for first, last in step.attention_parts
-        )
+        cuts = tuple(self.cut(batch.num_tokens, self.forward.step.num_cells))
+        parts = self.forward.parts(layout, cuts=cuts, slots=inputs.kv_slots)
         state = AttentionState(self.cache, parts)
         return partial(self.forward, inputs, state=state, cuts=cuts), inputs
 

@@ -7,7 +7,7 @@ that it does not fill are those of requests that nobody made.
 
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.buckets import Bucket, Buckets
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.engine.draw_columns import DrawColumns, draw_columns
-from nanoflow_compiler.engine.forward import Forward
+from nanoflow_compiler.engine.forward import CutFn, Forward
 from nanoflow_compiler.engine.graph_pool import GraphPool
 from nanoflow_compiler.engine.sampler import draw_on_gpu
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
@@ -32,7 +32,6 @@ from nanoflow_compiler.upload import Array, num_bytes, stage, views
 
 __all__ = ["CapturedStep", "ReadyStep", "StepGraphs"]
 
-CutFn = Callable[[int, int], Sequence[int]]
 Plans = dict[Hashable, object]
 """Of one part, by what attention asks for them with; beside them, what else a part keeps."""
 
@@ -46,7 +45,6 @@ class CapturedStep:
 
     graph: torch.cuda.CUDAGraph
     inputs: StepInputs[Tensor]
-    draw: Draw
     parts: tuple[AttentionPart, ...]
     logits: Tensor
     tokens: Tensor
@@ -106,7 +104,8 @@ class StepGraphs:
             return None
         step = self._captured[bucket]
         layout, inputs = self._inputs(bucket, batch)
-        parts = self._parts(bucket, layout, slots=step.inputs.kv_slots)
+        cuts = self._cuts(bucket)
+        parts = self.forward.parts(layout, cuts=cuts, slots=step.inputs.kv_slots)
         plans = [
             pair
             for part, captured in zip(parts, step.parts, strict=True)
@@ -144,20 +143,13 @@ class StepGraphs:
         layout = layout_of(filled)
         return layout, pack_inputs(filled, layout, needs_rows=True)
 
-    def _parts(
-        self, bucket: Bucket, layout: StepLayout, *, slots: Tensor
-    ) -> tuple[AttentionPart, ...]:
-        step = self.forward.step
-        cuts = self._cut(bucket.num_tokens, step.num_cells)
-        return tuple(
-            layout.part(cuts[first], cuts[last], slots=slots)
-            for first, last in step.attention_parts
-        )
+    def _cuts(self, bucket: Bucket) -> Sequence[int]:
+        return self._cut(bucket.num_tokens, self.forward.step.num_cells)
 
     def _capture(self, bucket: Bucket) -> CapturedStep:
         layout, arrays = self._inputs(bucket, bucket.example())
         inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
-        parts = self._parts(bucket, layout, slots=inputs.kv_slots)
+        parts = self.forward.parts(layout, cuts=self._cuts(bucket), slots=inputs.kv_slots)
         self._run(bucket, inputs, draw, parts)  # compiles, and plans what has no room yet
         placed = tuple(
             replace(part, plans=self._with_room(at, part.plans, bucket=bucket))
@@ -168,7 +160,7 @@ class StepGraphs:
                 there[: len(array)].copy_(torch.from_numpy(array))
         launch = partial(self._run, bucket, inputs, draw, placed)
         graph, (logits, tokens) = self._pool.capture(launch)
-        return CapturedStep(graph, inputs, draw, placed, logits, tokens)
+        return CapturedStep(graph, inputs, placed, logits, tokens)
 
     @torch.inference_mode()
     def _run(
@@ -179,8 +171,8 @@ class StepGraphs:
         parts: tuple[AttentionPart, ...],
     ) -> tuple[Tensor, Tensor]:
         forward = self.forward
-        cuts = self._cut(bucket.num_tokens, forward.step.num_cells)
-        logits = forward(inputs, state=AttentionState(forward.cache, parts), cuts=cuts)
+        state = AttentionState(forward.cache, parts)
+        logits = forward(inputs, state=state, cuts=self._cuts(bucket))
         tokens = draw_on_gpu(logits, draw)
         forward.last_tokens[inputs.slots] = tokens
         return logits, tokens
