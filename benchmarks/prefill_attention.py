@@ -11,7 +11,7 @@ PyTorch's flash attention of contiguous keys and values, which are first repeate
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,15 +35,17 @@ from nanoflow_compiler.scoring import Scoring
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SHAPES = ((8, 4096, 0), (2, 512, 0), (1, 2048, 6144), (64, 32, 0))
 """Requests, rows of each, and tokens before them."""
+LARGE = PromptTiling(rows=128, num_warps=8, num_stages=3, ctas_per_sm=1)
+SMALL = PromptTiling(rows=64, num_warps=4, num_stages=2, ctas_per_sm=2)
 TILINGS = (
-    PromptTiling(),
-    PromptTiling(num_stages=4),
-    PromptTiling(holds_queries=True),
-    PromptTiling(lags=False),
-    PromptTiling(num_warps=4, num_stages=2, ctas_per_sm=2, lags=False),
-    PromptTiling(rows=64, num_warps=4, num_stages=2, ctas_per_sm=2),
-    PromptTiling(rows=64, num_warps=4, num_stages=2, ctas_per_sm=2, holds_queries=True),
-    PromptTiling(rows=64, num_warps=4, num_stages=2, ctas_per_sm=2, lags=False),
+    LARGE,
+    replace(LARGE, num_stages=4),
+    replace(LARGE, holds_queries=True),
+    replace(LARGE, lags=False),
+    replace(SMALL, rows=128, lags=False),
+    SMALL,
+    replace(SMALL, holds_queries=True),
+    replace(SMALL, lags=False),
 )
 SCORING = Scoring(DIM**-0.5)
 NUM_CALLS = 20
