@@ -3,31 +3,26 @@
 import triton
 import triton.language as tl
 
-from nanoflow_compiler.kernels.token_math import NOWHERE, scaled_depths, weights_at
+from nanoflow_compiler.kernels.token_math import scaled_depths
 
 __all__ = [
     "CANDIDATES",
-    "PIVOTS",
     "SUMS",
-    "after",
     "even_step",
     "first_step",
     "load_depths",
     "measure",
     "narrowed",
-    "num_wanted",
-    "start",
+    "num_inside",
+    "opening",
+    "store_counts",
 ]
 
 CANDIDATES = tl.constexpr(4096)
 PIVOTS = tl.constexpr(16)
-SUMS = 2 * 2 * 16
-"""Of a row: for each of two rounds the counts, then the weights above its pivots."""
+SUMS = 2 * 16
+"""Of a row: for each of two rounds the number of tokens above its pivots."""
 _HALF_OCTAVE = tl.constexpr(1 << 22)
-# A thread adds up at most 2**11 - 1 tokens: a weight is at most 2**40, and the count lies above their sum.
-_COUNT = tl.constexpr(52)
-_ONE_TOKEN = tl.constexpr(1 << 52)
-_WEIGHT = tl.constexpr((1 << 52) - 1)
 
 
 @triton.jit
@@ -55,8 +50,7 @@ def _joined(sums):
 def load_depths(row_ptr, chunk, num_tokens, peak, temperature, CHUNK: tl.constexpr):
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(row_ptr + tokens, mask=tokens < num_tokens, other=float("-inf"))
-    logits = logits.to(tl.float32)
-    _, depths = scaled_depths(logits, peak, temperature)
+    _, depths = scaled_depths(logits.to(tl.float32), peak, temperature)
     return depths
 
 
@@ -67,7 +61,6 @@ def measure(
     num_tokens,
     peak,
     temperature,
-    has_weights,
     low,
     high,
     step,
@@ -77,26 +70,25 @@ def measure(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """How many tokens lie above each pivot, and their weights (0 unless ``has_weights``)."""
-    sums = (tl.zeros([THREADS], tl.int64),) * 16
+    """How many tokens of every ``stride``-th chunk lie above each pivot, ``[PIVOTS]``."""
+    sums = (tl.zeros([THREADS], tl.int32),) * 16
     for chunk in range(first_chunk, tl.cdiv(num_tokens, CHUNK), stride):
         _, nearest = scaled_depths(tl.load(peaks_ptr + chunk), peak, temperature)
         if nearest < high:
             depths = load_depths(row_ptr, chunk, num_tokens, peak, temperature, CHUNK)
-            terms = tl.full([CHUNK], _ONE_TOKEN, tl.int64)
-            if has_weights:
-                terms += weights_at(tl.minimum(depths, NOWHERE))
             # A thread holds what one load gave it, and its repetitions: nothing moves.
             depths = tl.reshape(depths, [CHUNK // (VECTOR * THREADS), THREADS, VECTOR])
-            terms = tl.reshape(terms, [CHUNK // (VECTOR * THREADS), THREADS, VECTOR])
             for i in tl.static_range(PIVOTS):
                 is_above = depths < tl.maximum(high - i * step, low)
-                added = tl.sum(tl.sum(tl.where(is_above, terms, 0), 2), 0)
+                added = tl.sum(tl.sum(is_above.to(tl.int32), 2), 0)
                 sums = sums[:i] + (sums[i] + added,) + sums[i + 1 :]  # noqa: RUF005
-    packed = _joined(sums)
-    counts = tl.sum(packed >> _COUNT, 0)
-    weights = tl.sum(packed & _WEIGHT, 0)
-    return counts, weights
+    return tl.sum(_joined(sums), 0)
+
+
+@triton.jit
+def store_counts(sums_ptr, counts, ROUND: tl.constexpr):
+    """Add what a thread block counted to what the others of a row did."""
+    tl.atomic_add(sums_ptr + PIVOTS * ROUND + tl.arange(0, PIVOTS), counts, sem="relaxed")
 
 
 @triton.jit
@@ -105,50 +97,81 @@ def _at(values, place):
 
 
 @triton.jit
-def narrowed(part, step, counts, weights, by_count, limit, target):
-    """The part of ``(low, high, count above low, count above high, weight above low)`` with the cut."""
-    low, high, count_low, _, weight_low = part
+def narrowed(part, step, counts, limit):
+    """The part of ``(low, high, count above low, count above high)`` with the cut."""
+    low, high, count_low, _ = part
     pivots = tl.maximum(high - tl.arange(0, PIVOTS) * step, low)
-    is_kept = tl.where(by_count, counts < limit, weights.to(tl.float64) < target)
     # The first pivot is the end of the part, which is not kept.
-    num_beyond = tl.maximum(tl.sum((is_kept == 0).to(tl.int32), 0), 1)
+    num_beyond = tl.maximum(tl.sum((counts >= limit).to(tl.int32), 0), 1)
     is_inside = num_beyond < PIVOTS
     return (
         tl.where(is_inside, _at(pivots, num_beyond), low),
         _at(pivots, num_beyond - 1),
         tl.where(is_inside, _at(counts, num_beyond), count_low),
         _at(counts, num_beyond - 1),
-        tl.where(is_inside, _at(weights, num_beyond), weight_low),
     )
 
 
 @triton.jit
-def start(bound):
-    """All that ``min_p`` leaves."""
-    none = tl.zeros([], tl.int64)
-    return (bound * 0, bound + 1, none, none, none)
+def _start(bound):
+    """All that ``min_p`` leaves; how much that is is not known."""
+    none = bound * 0
+    return (none, bound + 1, none, none)
 
 
 @triton.jit
-def num_wanted(part, by_count, top_p):
-    """Tokens that settle a part: with both limits, all above it, because ``top_p`` cuts above it."""
-    return part[3] - tl.where(by_count & (top_p < 1), 0, part[2])
+def num_inside(part):
+    return part[3] - part[2]
 
 
 @triton.jit
-def after(sums_ptr, bound, limit, top_p, NUM_ROUNDS: tl.constexpr):
-    """What rounds leave: the part, whether it is searched by count, and the weight to stay below."""
+def _after(sums_ptr, bound, limit, NUM_ROUNDS: tl.constexpr):
+    """The part that rounds leave, and whether there is more than the limit."""
     places = tl.arange(0, PIVOTS)
     counts = tl.load(sums_ptr + places)
-    weights = tl.load(sums_ptr + PIVOTS + places)
-    by_count = _at(counts, 0) > limit
-    target = top_p * _at(weights, 0).to(tl.float64)
-    part = start(bound)
-    part = narrowed(part, first_step(), counts, weights, by_count, limit, target)
+    is_open = _at(counts, 0) > limit
+    part = narrowed(_start(bound), first_step(), counts, limit)
     if NUM_ROUNDS == 2:  # noqa: SIM102
-        if num_wanted(part, by_count, top_p) > CANDIDATES:
-            counts = tl.load(sums_ptr + 2 * PIVOTS + places)
-            weights = tl.load(sums_ptr + 3 * PIVOTS + places)
-            step = even_step(part[0], part[1])
-            part = narrowed(part, step, counts, weights, by_count, limit, target)
-    return part, by_count, target
+        if num_inside(part) > CANDIDATES:
+            counts = tl.load(sums_ptr + PIVOTS + places)
+            part = narrowed(part, even_step(part[0], part[1]), counts, limit)
+    return part, is_open
+
+
+@triton.jit
+def _limited_by_peaks(bound, limit, peaks_ptr, num_chunks, peak, temperature, CHUNKS: tl.constexpr):
+    """A depth beyond which no token stays, because ``limit`` chunks have one that is not as deep."""
+    chunks = tl.arange(0, CHUNKS)
+    peaks = tl.load(peaks_ptr + chunks, mask=chunks < num_chunks, other=float("-inf"))
+    peaks = tl.where(peaks == peaks, peaks, float("-inf"))  # noqa: PLR0124 - NaN is not
+    ranks = tl.sum((peaks[None, :] > peaks[:, None]).to(tl.int32), 1)
+    last = tl.min(tl.where(ranks < limit, peaks, float("inf")), 0)
+    _, depth = scaled_depths(last, peak, temperature)
+    return tl.minimum(bound, depth)
+
+
+@triton.jit
+def opening(
+    sums_ptr,
+    bound,
+    limit,
+    peaks_ptr,
+    num_chunks,
+    peak,
+    temperature,
+    NUM_ROUNDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """The part with the cut of a row, whether there is one, and whether its size is known.
+
+    A limit below the number of chunks needs no rounds.
+    """
+    is_counted = limit > num_chunks
+    if is_counted:
+        part, is_open = _after(sums_ptr, bound, limit, NUM_ROUNDS)
+    else:
+        part = _start(
+            _limited_by_peaks(bound, limit, peaks_ptr, num_chunks, peak, temperature, CHUNKS)
+        )
+        is_open = limit > 0
+    return part, is_open, is_counted

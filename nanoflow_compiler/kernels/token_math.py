@@ -12,7 +12,7 @@ __all__ = [
     "FARTHEST",
     "NOWHERE",
     "farthest_depth",
-    "is_cut",
+    "is_limited",
     "log_arrivals",
     "row_peak",
     "scaled_depths",
@@ -27,9 +27,9 @@ NOWHERE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def is_cut(temperature, limit, top_p, num_tokens):
-    """Whether ``top_k`` or ``top_p`` may take something from a row, which min_p alone does not say."""
-    return (temperature > 0) & (limit > 1) & ((limit < num_tokens) | (top_p < 1))
+def is_limited(temperature, limit, num_tokens):
+    """Whether a row is drawn and ``top_k`` may take something from it."""
+    return (temperature > 0) & (limit > 1) & (limit < num_tokens)
 
 
 @triton.jit
