@@ -42,6 +42,7 @@ _ITEM_BYTES = 2
 _BARRIER_BYTES = 1024
 _TMA_BYTES = 16
 _TMA_CAPABILITY = (9, 0)
+_ALIGNED = tl.constexpr(_TMA_BYTES // _ITEM_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +270,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "depth"])
 def _multiply(
     x,
     weight,
@@ -297,6 +298,7 @@ def _multiply(
     num_row_tiles = tl.cdiv(num_rows, ROWS)
     num_column_tiles = tl.cdiv(num_columns, width)
     num_steps = tl.cdiv(depth, DEPTH)
+    num_columns = tl.multiple_of(num_columns, _ALIGNED)
     if not SPECIALIZE:
         # Without it a flattened loop is compiled twice, once for tiles of no depth.
         tl.assume(num_steps > 0)
