@@ -18,7 +18,7 @@ Of equal logits a greedy row takes the first, and so does a race. Logits that ar
 chosen; a row of nothing else yields a token of the vocabulary.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.kernels.cut import gather, narrow, settle
 from nanoflow_compiler.kernels.cut_parts import CANDIDATES, SUMS
+from nanoflow_compiler.kernels.pdl import launch, take_turn
 from nanoflow_compiler.kernels.token_math import (
     log_arrivals,
     row_peak,
@@ -47,7 +48,7 @@ _BLOCKS_WANTED = 4096
 """Thread blocks that keep a GPU busy to the end."""
 
 
-def choose_tokens(logits: Tensor, settings: Draw) -> Tensor:
+def choose_tokens(logits: Tensor, settings: Draw, *, pdl: bool = False) -> Tensor:
     """A token for each row of ``logits [S, V]`` (any floats); ``settings`` are columns of all ``S`` rows.
 
     A temperature of 0 and a limit of 1 are greedy. Nothing is read from the device.
@@ -68,12 +69,13 @@ def choose_tokens(logits: Tensor, settings: Draw) -> Tensor:
     is_even = num_tokens % 16 == logits.stride(0) % 16 == logits.data_ptr() % 16 == 0
     vector = 16 // logits.itemsize if is_even else 1
     of_threads = {"VECTOR": vector, "THREADS": 32 * _NUM_WARPS, "num_warps": _NUM_WARPS}
-    _launch(_scan, grid)(*row, *chunks, scratch.sums, scratch.numbers, SIZE=SUMS, CHUNK=_CHUNK)
+    begin = partial(launch, pdl=pdl)
+    begin(_scan, grid)(*row, *chunks, scratch.sums, scratch.numbers, SIZE=SUMS, CHUNK=_CHUNK)
     cut = (*row, *limits, *chunks, scratch.sums)
     for turn in range(2):
-        _launch(narrow, grid)(*cut, ROUND=turn, SIZE=SUMS, **shape, **of_threads)
-    _launch(gather, grid)(*cut, scratch.numbers, scratch.candidates, SIZE=SUMS, **shape)
-    _launch(settle, grid[:1])(
+        begin(narrow, grid)(*cut, ROUND=turn, SIZE=SUMS, **shape, **of_threads)
+    begin(gather, grid)(*cut, scratch.numbers, scratch.candidates, SIZE=SUMS, **shape)
+    begin(settle, grid[:1])(
         *cut,
         scratch.candidates,
         scratch.bounds,
@@ -86,8 +88,8 @@ def choose_tokens(logits: Tensor, settings: Draw) -> Tensor:
     keys = (settings.key_low, settings.key_high)
     best = (scratch.bounds, scratch.values, scratch.winners)
     drawn = (settings.temperature, settings.limit)
-    _launch(_race, grid)(*row, *drawn, *keys, *chunks, *best, SPLITS=_MOST_SPLITS, **shape)
-    _launch(_finish, grid[:1])(
+    begin(_race, grid)(*row, *drawn, *keys, *chunks, *best, SPLITS=_MOST_SPLITS, **shape)
+    begin(_finish, grid[:1])(
         *row, *drawn, *chunks, *best[1:], tokens, grid[1], SPLITS=_MOST_SPLITS, **shape
     )
     return tokens
@@ -114,11 +116,6 @@ def _num_splits(num_rows: int) -> int:
     return max(_LEAST_SPLITS, min(wanted, _MOST_SPLITS))
 
 
-def _launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    launcher: Callable[..., None] = kernel[grid]
-    return launcher
-
-
 @triton.jit
 def _load_chunk(row_ptr, chunk, num_tokens, CHUNK: tl.constexpr):
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -138,8 +135,10 @@ def _scan(
     numbers_ptr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The greatest logit of each chunk; and the sums begin at zero."""
+    take_turn(PDL)
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     if tl.program_id(1) == 0:
@@ -167,8 +166,10 @@ def _race(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The best token of a part of a row, and its value: -inf where no token stays."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     if (temperature > 0) & (tl.load(limit_ptr + row) > 1):
@@ -217,8 +218,10 @@ def _finish(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The token of a row: the winner of its race, or the first with the greatest logit."""
+    take_turn(PDL)
     row = tl.program_id(0)
     is_drawn = (tl.load(temperature_ptr + row) > 0) & (tl.load(limit_ptr + row) > 1)
     splits = tl.arange(0, SPLITS)

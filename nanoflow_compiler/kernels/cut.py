@@ -26,6 +26,7 @@ from nanoflow_compiler.kernels.cut_parts import (
     num_wanted,
     start,
 )
+from nanoflow_compiler.kernels.pdl import take_turn
 from nanoflow_compiler.kernels.token_math import (
     NOWHERE,
     farthest_depth,
@@ -56,8 +57,10 @@ def narrow(
     CHUNKS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add what a round finds to ``sums_ptr``; the second does nothing where the first left little."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)
@@ -116,8 +119,10 @@ def gather(
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the depths of the tokens that are left, if they are few, in any order."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)
@@ -266,8 +271,10 @@ def settle(
     CHUNKS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the greatest depth that each row keeps."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)

@@ -47,16 +47,20 @@ class FewRowsTiling:
     uses_dot: bool = True
     """Tensor cores; the only way for more rows than :data:`MOST_ADDED_ROWS`."""
     prefetch: int = 1024
-    """Elements of each row of the weight that are asked for before the wait; a power of 2, or 0."""
+    """Elements of each row of the weight that are asked for before the wait; a multiple of 8."""
     begins_early: bool = True
     """Whether the next kernel may begin with this one, and not just when the last weights are there."""
 
     @classmethod
-    def of(cls, num_rows: int, *, has_norm: bool = False, is_gated: bool = False) -> "FewRowsTiling":
+    def of(
+        cls, num_rows: int, *, has_norm: bool = False, is_gated: bool = False
+    ) -> "FewRowsTiling":
         """The one to take unless another was measured to be faster."""
         if has_norm:
             assert num_rows <= MOST_ADDED_ROWS, "the norm of so many rows is computed by itself"
-            return cls(4, 512, 4, 4, uses_dot=False) if is_gated else cls(8, 512, 4, 4, uses_dot=False)
+            return (
+                cls(4, 512, 4, 4, uses_dot=False) if is_gated else cls(8, 512, 4, 4, uses_dot=False)
+            )
         return cls(16, 128, 6, 2) if is_gated else cls(16, 256, 6, 2)
 
 

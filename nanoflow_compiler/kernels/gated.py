@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_compiler.kernels.expert_math import activated
-from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
+from nanoflow_compiler.kernels.pdl import launch, take_turn
 
 __all__ = ["GATES", "can_gate", "gate_rows", "gated"]
 
@@ -59,13 +59,12 @@ def _gate(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < num_columns
     gate_ptr = gate_up_ptr + row * row_stride
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    wait(PDL)
+    take_turn(PDL)
     gate = tl.load(gate_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + num_columns + columns, mask=is_column, other=0.0).to(tl.float32)
     result = gated(gate, up, dtype, ACTIVATION).to(dtype)

@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["can_chain", "launch", "let_next_begin", "prefetch_rows", "wait"]
+__all__ = ["can_chain", "launch", "let_next_begin", "prefetch_rows", "take_turn", "wait"]
 
 _CAPABILITY = (9, 0)
 
@@ -51,7 +51,11 @@ def can_chain(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *, pdl: bool) -> Callable[..., None]:
     """The kernel over a grid; it takes ``PDL``, and without it neither waits nor lets others begin."""
-    return partial(kernel[grid], PDL=True, launch_pdl=True) if pdl else partial(kernel[grid], PDL=False)
+    return (
+        partial(kernel[grid], PDL=True, launch_pdl=True)
+        if pdl
+        else partial(kernel[grid], PDL=False)
+    )
 
 
 @triton.jit
@@ -69,6 +73,13 @@ def let_next_begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def take_turn(PDL: tl.constexpr):
+    """What a kernel begins with that has nothing to do before its wait."""
+    let_next_begin(PDL)
+    wait(PDL)
+
+
+@triton.jit
 def prefetch_rows(
     ptr,
     row_stride,
@@ -82,21 +93,22 @@ def prefetch_rows(
 ):
     """Ask the second-level cache for ``LENGTH`` elements of ``ROWS`` rows from ``first`` on.
 
-    Rows begin at multiples of 16 bytes and have a multiple of 16 bytes. Every thread asks for a part.
+    Rows begin at multiples of 16 bytes and have a multiple of 16 bytes. A warp asks for one row after the
+    other, as many as there are lanes with something to ask for; so warps share the rows.
     """
     if PDL and LENGTH > 0:
-        PARTS: tl.constexpr = THREADS // ROWS if THREADS > ROWS else 1
-        PART: tl.constexpr = LENGTH // PARTS
-        rows = first + tl.arange(0, ROWS)[:, None]
-        begins = tl.arange(0, PARTS)[None, :] * PART
-        parts = ptr + rows.to(tl.int64) * row_stride + begins
-        elements = tl.minimum(tl.maximum(length - begins, 0), PART)
-        num_bytes = tl.where(rows < num_rows, elements, 0) * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+        threads = tl.arange(0, THREADS)
+        of_tile = threads // 32 + threads % 32 * (THREADS // 32)
+        row = first + of_tile
+        is_row = (of_tile < ROWS) & (row < num_rows)
+        size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        num_bytes = tl.where(is_row, tl.minimum(length, LENGTH) * size, 0)
+        begins = ptr + row.to(tl.int64) * row_stride
         tl.inline_asm_elementwise(
             "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
             " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
             "=r,l,r",
-            [parts.to(tl.int64), num_bytes],
+            [begins.to(tl.int64), num_bytes],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
+from nanoflow_compiler.kernels.pdl import launch, take_turn
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 
 __all__ = ["Rotary", "can_rotate", "rotate_and_append"]
@@ -180,12 +180,11 @@ def _rotate(
     PAGE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    let_next_begin(PDL)
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     cos_ptr += row * cos_row_stride
     sin_ptr += row * sin_row_stride
-    wait(PDL)
     if group < num_groups:
         heads = (group * HEADS + tl.arange(0, HEADS))[:, None]
         _rotate_heads(

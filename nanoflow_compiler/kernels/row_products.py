@@ -31,7 +31,7 @@ def _prefetch(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    for part in tl.static_range(2 if ACTIVATION else 1):
+    for part in tl.static_range(2 if ACTIVATION != "" else 1):
         begin = part * num_columns
         prefetch_rows(
             weight_ptr,
@@ -70,10 +70,10 @@ def _store(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=is_column, other=0.0)
         sums += bias.to(tl.float32)[None, :]
-        if ACTIVATION:
+        if ACTIVATION != "":
             up_bias = tl.load(bias_ptr + num_columns + columns, mask=is_column, other=0.0)
             up_sums += up_bias.to(tl.float32)[None, :]
-    if ACTIVATION:
+    if ACTIVATION != "":
         sums = gated(sums, up_sums, dtype, ACTIVATION)
     rows = rows.to(tl.int64)[:, None]
     if HAS_RESIDUAL:
@@ -138,7 +138,7 @@ def dot_products(
         x = tl.load(x_ptrs + start, mask=is_there, other=0.0).T
         # What lies beyond the weight reads as zero.
         sums = tl.dot(matrix.load([first, start]), x, sums)
-        if ACTIVATION:
+        if ACTIVATION != "":
             up_sums = tl.dot(matrix.load([num_columns + first, start]), x, up_sums)
     if not BEGINS_EARLY:
         let_next_begin(PDL)
@@ -237,8 +237,8 @@ def add_products(
     up_sums = tl.zeros([ROWS, COLUMNS, DEPTH], tl.float32)
     wait(PDL)
     if HAS_NORM:
-        SPAN: tl.constexpr = _NORM_ELEMENTS // ROWS
-        factors = _norm_factors(x_ptr, x_row_stride, rows, num_rows, depth, eps, ROWS, SPAN)
+        span: tl.constexpr = _NORM_ELEMENTS // ROWS
+        factors = _norm_factors(x_ptr, x_row_stride, rows, num_rows, depth, eps, ROWS, span)
         factors = factors[:, None, None]
     for start in tl.range(0, depth, DEPTH, num_stages=STAGES):
         is_deep = within >= 0 if IS_EVEN else start + within < depth
@@ -248,7 +248,7 @@ def add_products(
             x = normed(x, factors, norm, dtype, ADDS_ONE, ROUNDS_LAST)
         weight = tl.load(weight_ptrs + start, mask=is_deep, other=0.0)
         sums += x * weight.to(tl.float32)
-        if ACTIVATION:
+        if ACTIVATION != "":
             up = tl.load(up_ptrs + start, mask=is_deep, other=0.0)
             up_sums += x * up.to(tl.float32)
     if not BEGINS_EARLY:
