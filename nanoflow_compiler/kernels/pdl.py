@@ -87,22 +87,21 @@ def prefetch_rows(
     num_rows,
     length,
     ROWS: tl.constexpr,
-    LENGTH: tl.constexpr,
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Ask the second-level cache for ``LENGTH`` elements of ``ROWS`` rows from ``first`` on.
+    """Ask the second-level cache for ``length`` elements of ``ROWS`` rows from ``first`` on.
 
-    Rows begin at multiples of 16 bytes and have a multiple of 16 bytes. A warp asks for one row after the
+    Rows begin at multiples of 16 bytes, and as many bytes are asked for. A warp asks for one row after the
     other, as many as there are lanes with something to ask for; so warps share the rows.
     """
-    if PDL and LENGTH > 0:
+    if PDL:
         threads = tl.arange(0, THREADS)
         of_tile = threads // 32 + threads % 32 * (THREADS // 32)
         row = first + of_tile
         is_row = (of_tile < ROWS) & (row < num_rows)
         size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-        num_bytes = tl.where(is_row, tl.minimum(length, LENGTH) * size, 0)
+        num_bytes = tl.where(is_row, length * size, 0)
         begins = ptr + row.to(tl.int64) * row_stride
         tl.inline_asm_elementwise(
             "{ .reg .pred some; setp.gt.s32 some, $2, 0;"

@@ -25,8 +25,8 @@ def _prefetch(
     first,
     num_columns,
     depth,
+    prefetch,
     COLUMNS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
@@ -38,9 +38,8 @@ def _prefetch(
             weight_row_stride,
             begin + first,
             begin + num_columns,
-            depth,
+            tl.minimum(depth, prefetch),
             COLUMNS,
-            PREFETCH,
             THREADS,
             PDL,
         )
@@ -83,7 +82,7 @@ def _store(
     tl.store(out_ptr + rows * out_row_stride + columns[None, :], sums.to(dtype), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def dot_products(
     x_ptr,
     x_row_stride,
@@ -98,11 +97,11 @@ def dot_products(
     num_rows,
     num_columns,
     depth,
+    prefetch,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
     BEGINS_EARLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -120,8 +119,8 @@ def dot_products(
         first,
         num_columns,
         depth,
+        prefetch,
         COLUMNS,
-        PREFETCH,
         THREADS,
         ACTIVATION,
         PDL,
@@ -175,7 +174,7 @@ def _norm_factors(
     return tl.rsqrt(tl.sum(squares, 1) / depth + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def add_products(
     x_ptr,
     x_row_stride,
@@ -191,11 +190,11 @@ def add_products(
     num_rows,
     num_columns,
     depth,
+    prefetch,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     THREADS: tl.constexpr,
     BEGINS_EARLY: tl.constexpr,
     IS_EVEN: tl.constexpr,
@@ -218,8 +217,8 @@ def add_products(
         first,
         num_columns,
         depth,
+        prefetch,
         COLUMNS,
-        PREFETCH,
         THREADS,
         ACTIVATION,
         PDL,
