@@ -19,7 +19,7 @@ Of equal logits a greedy row takes the first, and so does a race. Logits that ar
 chosen; a row of nothing else yields a token of the vocabulary.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.kernels.cut import gather, narrow, settle
 from nanoflow_compiler.kernels.cut_parts import CANDIDATES, SUMS
+from nanoflow_compiler.kernels.pdl import launch, take_turn
 from nanoflow_compiler.kernels.race import (
     depth_of,
     first_best,
@@ -52,10 +53,11 @@ _BLOCKS_WANTED = 4096
 """Thread blocks that keep a GPU busy to the end."""
 
 
-def choose_tokens(logits: Tensor, settings: Draw) -> Tensor:
+def choose_tokens(logits: Tensor, settings: Draw, *, pdl: bool = False) -> Tensor:
     """A token for each row of ``logits [S, V]`` (any floats); ``settings`` are columns of all ``S`` rows.
 
-    A temperature of 0 and a limit of 1 are greedy. Nothing is read from the device.
+    A temperature of 0 and a limit of 1 are greedy. Nothing is read from the device. With ``pdl`` the kernels
+    begin as :mod:`pdl` says.
     """
     num_rows, num_tokens = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -75,20 +77,21 @@ def choose_tokens(logits: Tensor, settings: Draw) -> Tensor:
     of_threads = {"VECTOR": vector, "THREADS": 32 * _NUM_WARPS, "num_warps": _NUM_WARPS}
     of_one_block = {"VECTOR": vector, "THREADS": 256, "num_warps": 8}
     zeros = (scratch.sums, scratch.numbers, scratch.weights)
-    _launch(_scan, grid)(*row, *chunks, *zeros, SIZE=SUMS, CHUNK=_CHUNK)
+    begin = partial(launch, pdl=pdl)
+    begin(_scan, grid)(*row, *chunks, *zeros, SIZE=SUMS, CHUNK=_CHUNK)
     cut = (*row, *limits, *chunks, scratch.sums)
     for turn in range(2):
-        _launch(narrow, grid)(*cut, ROUND=turn, SIZE=SUMS, **shape, **of_threads)
+        begin(narrow, grid)(*cut, ROUND=turn, SIZE=SUMS, **shape, **of_threads)
     left = (*cut, scratch.numbers, scratch.candidates)
-    _launch(gather, grid)(*left, SIZE=SUMS, **shape)
-    _launch(settle, grid[:1])(*left, scratch.bounds, SIZE=SUMS, **shape, **of_one_block)
+    begin(gather, grid)(*left, SIZE=SUMS, **shape)
+    begin(settle, grid[:1])(*left, scratch.bounds, SIZE=SUMS, **shape, **of_one_block)
     keys = (settings.key_low, settings.key_high)
     drawn = (*row, settings.temperature, settings.limit, *chunks, scratch.bounds)
     best = (scratch.values, scratch.winners)
-    _launch(_draw, grid)(*drawn, *keys, *best, SPLITS=_MOST_SPLITS, **shape)
+    begin(_draw, grid)(*drawn, *keys, *best, SPLITS=_MOST_SPLITS, **shape)
     top_p = (settings.top_p, *best, scratch.weights, grid[1])
-    _launch(_check, grid)(*drawn, *top_p, SPLITS=_MOST_SPLITS, **shape, **of_threads)
-    _launch(_finish, grid[:1])(
+    begin(_check, grid)(*drawn, *top_p, SPLITS=_MOST_SPLITS, **shape, **of_threads)
+    begin(_finish, grid[:1])(
         *drawn, *top_p, *keys, tokens, SPLITS=_MOST_SPLITS, **shape, **of_one_block
     )
     return tokens
@@ -117,11 +120,6 @@ def _num_splits(num_rows: int) -> int:
     return max(_LEAST_SPLITS, min(wanted, _MOST_SPLITS))
 
 
-def _launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    launcher: Callable[..., None] = kernel[grid]
-    return launcher
-
-
 @triton.jit
 def _is_drawn(temperature, limit):
     return (temperature > 0) & (limit > 1)
@@ -139,8 +137,10 @@ def _scan(
     weights_ptr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The greatest logit of each chunk; and the sums begin at zero."""
+    take_turn(PDL)
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     if tl.program_id(1) == 0:
@@ -170,8 +170,10 @@ def _draw(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The best token of a part of a row, and its value."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     if _is_drawn(temperature, tl.load(limit_ptr + row)):
@@ -224,8 +226,10 @@ def _check(
     SPLITS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add up what a part of a row holds above the winner, and in all."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     if _is_drawn(temperature, tl.load(limit_ptr + row)) & (tl.load(top_p_ptr + row) < 1):
@@ -278,8 +282,10 @@ def _finish(
     SPLITS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The token of a row: the winner of a race that is kept, or the first with the greatest logit."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)

@@ -26,6 +26,7 @@ from nanoflow_compiler.kernels.cut_parts import (
     opening,
     store_counts,
 )
+from nanoflow_compiler.kernels.pdl import take_turn
 from nanoflow_compiler.kernels.token_math import (
     NOWHERE,
     farthest_depth,
@@ -54,8 +55,10 @@ def narrow(
     CHUNKS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add what a round counts to ``sums_ptr``; the second does nothing where the first left little."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)
@@ -112,8 +115,10 @@ def gather(
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the depths of the tokens that are left in any order, and how many there are."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)
@@ -211,8 +216,10 @@ def settle(
     CHUNKS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the greatest depth that ``min_p`` and ``top_k`` keep of each row."""
+    take_turn(PDL)
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     limit = tl.load(limit_ptr + row)

@@ -23,10 +23,10 @@ from nanoflow_compiler.kernels.pages import (
     LOG2E,
     add_sink,
     descriptor,
-    launch,
     num_sms,
     width,
 )
+from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
 
@@ -131,9 +131,18 @@ def reads_with_room(
 
 
 def attend_pages(
-    query: Tensor, pages: HeadPages, *, reads: PageReads, scoring: Scoring, out: Tensor
+    query: Tensor,
+    pages: HeadPages,
+    *,
+    reads: PageReads,
+    scoring: Scoring,
+    out: Tensor,
+    pdl: bool = False,
 ) -> None:
-    """Write the rows of ``reads`` in ``out [T, heads, v dim]``, for ``query [T, heads, dim]``."""
+    """Write the rows of ``reads`` in ``out [T, heads, v dim]``, for ``query [T, heads, dim]``.
+
+    With ``pdl``, what ``reads`` holds has been on the device since before the step's first kernel.
+    """
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_heads, num_kv_heads = query.shape[1], pages.keys.shape[1]
     group, v_dim = num_heads // num_kv_heads, pages.values.shape[-1]
@@ -141,7 +150,7 @@ def attend_pages(
     sums = torch.empty(*slots, v_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(*slots, 2, dtype=torch.float32, device=query.device)
     softcap = scoring.softcap
-    launch(_read_pages, (reads.num_shares, num_kv_heads))(
+    launch(_read_pages, (reads.num_shares, num_kv_heads), pdl=pdl)(
         query,
         query.stride(0),
         query.stride(1),
@@ -216,7 +225,9 @@ def _read_pages(
     SPLIT_FIELDS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     PIECES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_begin(PDL)
     share_at = tl.program_id(0)
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
@@ -224,6 +235,9 @@ def _read_pages(
     share = tl.load(sizes_ptr + 1)
     begin = share_at * share
     end = tl.minimum(begin + share, num_pages)
+    # Who has no pages makes room at once; of those that wait, one is always there.
+    if (begin < end) | (share_at == 0):
+        wait(PDL)
 
     rows = tl.arange(0, ROWS)
     heads = kv_head * GROUP + rows
