@@ -57,9 +57,7 @@ def check_close(model, llm, prompts, found, expected, *, top=TOP):
     assert sum(shares) > 0.9 * len(shares)
 
 
-@pytest.mark.parametrize(
-    ("device", "name"), [("cpu", "llama"), *map(on_gpu, BUILDERS)]
-)
+@pytest.mark.parametrize(("device", "name"), [("cpu", "llama"), *map(on_gpu, BUILDERS)])
 def test_the_program_the_reference_and_transformers(device, name, launched):
     model = wide(name, dtype=torch.bfloat16, device=device)
     number, num_tokens, longest = (8, 48, 180) if device == "cuda" else (2, 8, 70)
