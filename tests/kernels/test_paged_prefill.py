@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_cases import Case, Step
+from attention_cases import Case, Step, random_attention
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.attention_state import StepLayout
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
@@ -15,6 +15,8 @@ from nanoflow_compiler.scoring import Scoring
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FAR = 2**31 // (8 * 128 * BLOCK_SIZE)
+"""Blocks of 8 heads of 128 dimensions, whose pool has this many values."""
 REQUESTS = (
     [(0, 2)],
     [(0, 64), (64, 65), (63, 2), (1, 1), (128, 63)],
@@ -32,7 +34,18 @@ def relative_error(found, expected):
 class Prompts:
     """Rows of requests over scattered blocks; what no row sees is NaN, as is what is not written."""
 
-    def __init__(self, requests, *, heads=8, kv_heads=2, dim=128, v_dim=None, dtype=torch.bfloat16):
+    def __init__(
+        self,
+        requests,
+        *,
+        heads=8,
+        kv_heads=2,
+        dim=128,
+        v_dim=None,
+        dtype=torch.bfloat16,
+        num_before=0,
+    ):
+        """``num_before``: blocks of the pool in front of all that are used."""
         generator = torch.Generator("cuda").manual_seed(len(requests))
 
         def random(*shape):
@@ -44,9 +57,11 @@ class Prompts:
         # Rows and heads with others between them, as slices of a fused projection have.
         self.query = random(self.counts.sum(), heads + 3, dim)[:, :heads]
         layer = LayerShape(kv_heads, dim, v_dim or dim, dtype)
-        self.cache = KVCache.allocate([layer], num_blocks=int(num_blocks.sum()) + 1, device="cuda")
+        self.cache = KVCache.allocate(
+            [layer], num_blocks=num_before + int(num_blocks.sum()) + 1, device="cuda"
+        )
         self.tables = np.zeros((len(requests), num_blocks.max()), dtype=np.int64)
-        order = np.random.default_rng(0).permutation(int(num_blocks.sum())) + 1
+        order = np.random.default_rng(0).permutation(int(num_blocks.sum())) + num_before + 1
         for row, end in enumerate(np.cumsum(num_blocks)):
             self.tables[row, : num_blocks[row]] = order[end - num_blocks[row] : end]
         self.cache.keys[0].fill_(torch.nan)
@@ -164,6 +179,37 @@ def test_tilings_find_the_same(rows, num_warps, num_stages, ctas_per_sm, lags, h
     given = {"visibility": Visibility(chunk=2100), "scoring": Scoring(0.1)}
     tiling = PromptTiling(rows, num_warps, num_stages, ctas_per_sm, lags, holds_queries)
     prompts.check(prompts.run(**given, tiling=tiling), **given)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    drawn = random_attention(rng)
+    contexts = rng.choice([0, 0, 1, 63, 64, 65, *rng.integers(1, 2000, 4)], rng.integers(1, 12))
+    counts = rng.choice([1, 2, 3, 63, 64, 65, 128, *rng.integers(2, 400, 6)], len(contexts))
+    prompts = Prompts(
+        [*zip(contexts.tolist(), counts.tolist(), strict=True), (5, 2)], **drawn.sizes
+    )
+    sinks = torch.randn(drawn.sizes["heads"], device="cuda") if drawn.has_sinks else None
+    given = {
+        "visibility": Visibility(*drawn.limits),
+        "scoring": Scoring(drawn.scale, drawn.softcap, sinks),
+    }
+    prompts.check(prompts.run(**given), **given, tolerance=2 * TOLERANCE[drawn.sizes["dtype"]])
+
+
+@pytest.mark.parametrize("requests", [[(100_000, 40), (0, 65)], [(99_970, 2)], [(0, 4000)]])
+def test_long_contexts(requests):
+    prompts = Prompts(requests, heads=4, kv_heads=1)
+    for window in (0, 5000):
+        given = {"visibility": Visibility(window), "scoring": Scoring(0.1)}
+        prompts.check(prompts.run(**given), **given)
+
+
+def test_a_pool_of_more_than_two_to_the_31_values():
+    prompts = Prompts([(700, 40), (0, 65), (64, 2)], kv_heads=8, heads=16, num_before=FAR)
+    assert prompts.cache.keys[0].numel() > 2**31
+    prompts.check(prompts.run(**PLAIN), **PLAIN)
 
 
 def test_the_same_bits_every_time():
