@@ -70,22 +70,14 @@ def plan_flash(
 def _items(keys: Ints, counts: Ints, *, heads: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
     """Request, tile and head of each item: long requests first, and of each KV head the last tiles."""
     num_heads, num_kv_heads = heads
-    group = num_heads // num_kv_heads
-    found: list[tuple[Ints, Ints, Ints]] = []
+    of_heads = np.arange(num_heads).reshape(num_kv_heads, 1, -1)
+    found = [np.zeros((3, 0), dtype=np.int64)]
     for request in np.argsort(-keys, kind="stable"):
-        tiles = np.arange(-(-counts[request] // QUERIES))[::-1]
-        shape = (num_kv_heads, len(tiles), group)
-        of_heads = np.arange(num_heads).reshape(num_kv_heads, 1, group)
-        found.append(
-            (
-                np.full(num_heads * len(tiles), request),
-                np.broadcast_to(tiles[:, None], shape).ravel(),
-                np.broadcast_to(of_heads, shape).ravel(),
-            )
-        )
-    none = np.zeros(0, dtype=np.int64)
-    owners, numbers, of_heads = zip((none, none, none), *found, strict=True)
-    return np.concatenate(owners), np.concatenate(numbers), np.concatenate(of_heads)
+        tiles = np.arange(-(-counts[request] // QUERIES))[::-1, None]
+        items = np.broadcast_arrays(request, tiles, of_heads)
+        found.append(np.stack(items).reshape(3, -1))
+    owners, numbers, numbers_of_heads = np.concatenate(found, axis=1)
+    return owners, numbers, numbers_of_heads
 
 
 def _deal(costs: Ints, num_ctas: int) -> Ints:

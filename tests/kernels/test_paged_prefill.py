@@ -73,15 +73,28 @@ class Prompts:
             requests, pages, num_heads=num_heads, visibility=visibility, tiling=tiling
         )
 
+    def plan_flash(self):
+        """The same by FlashInfer's kernel, whatever is faster."""
+        from nanoflow_compiler.kernels import flash_prefill
+
+        layout = StepLayout.pack(
+            query_lens=self.counts, context_lens=self.contexts, block_tables=self.tables
+        )
+        requests = Requests.of(layout.part(0, len(self.query), device="cuda"))
+        (pages,) = self.cache.tables
+        if flash_prefill.least_keys(pages, visibility=Visibility()) is None:
+            pytest.skip("FlashInfer's kernel is not there")
+        return flash_prefill.plan_flash_prompts(requests, pages, num_heads=self.query.shape[1])
+
     def empty(self):
         shape = (*self.query.shape[:2], self.cache.values[0].shape[-1])
         return self.query.new_full(shape, torch.nan)
 
     def attend(self, tiles, *, scoring, out):
-        from nanoflow_compiler.kernels.paged_prefill import attend_prompts
+        from nanoflow_compiler.kernels import prompts
 
         (pages,) = self.cache.tables
-        attend_prompts(self.query, pages, tiles=tiles, scoring=scoring, out=out)
+        prompts.attend(self.query, pages, tiles=tiles, scoring=scoring, out=out)
 
     def run(self, *, visibility, scoring, tiling=None):
         out = self.empty()
@@ -126,10 +139,68 @@ def test_lengths_and_heads(requests, heads, kv_heads, dtype):
     prompts.check(prompts.run(**PLAIN), **PLAIN, tolerance=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("requests", REQUESTS, ids=lambda drawn: f"{len(drawn)}x{drawn[0]}")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (8, 1), (96, 4)])
+def test_flashinfer_is_as_near(requests, heads, kv_heads):
+    """As our kernel to float64, the rows of others and of decodes left alone."""
+    prompts = Prompts(requests, heads=heads, kv_heads=kv_heads)
+    found = prompts.empty()
+    prompts.attend(prompts.plan_flash(), scoring=PLAIN["scoring"], out=found)
+    prompts.check(found, **PLAIN)
+    expected = prompts.expected(**PLAIN)
+    is_ours = ~expected.isnan()
+    ours = relative_error(prompts.run(**PLAIN)[is_ours], expected[is_ours])
+    assert relative_error(found[is_ours], expected[is_ours]) < 1.2 * ours
+
+
 @pytest.mark.parametrize("rows", range(1, 300, 13))
 def test_numbers_of_rows(rows):
     prompts = Prompts([(rows, rows), (0, rows + 1), (64, 2)])
     prompts.check(prompts.run(**PLAIN), **PLAIN)
+
+
+@pytest.mark.parametrize("rows", range(1, 300, 13))
+def test_numbers_of_rows_by_flashinfer(rows):
+    prompts = Prompts([(rows, rows), (0, rows + 1), (64, 2)])
+    found = prompts.empty()
+    prompts.attend(prompts.plan_flash(), scoring=PLAIN["scoring"], out=found)
+    prompts.check(found, **PLAIN)
+
+
+def test_a_graph_of_flashinfer_is_given_other_plans():
+    """With room for more, as in a captured step: at first for nothing, then for other requests."""
+    from nanoflow_compiler.kernels import flash_prefill
+
+    prompts = Prompts([(300, 200), (0, 70), (64, 1), (5, 130)])
+    prompts.plan_flash()  # or skip
+    (pages,) = prompts.cache.tables
+    num_heads = prompts.query.shape[1]
+    tiles = flash_prefill.flash_with_room(
+        pages, num_heads=num_heads, num_tokens=1000, num_prompts=9, num_pages=99
+    )
+    out = prompts.empty()
+    prompts.attend(tiles, scoring=PLAIN["scoring"], out=out)
+    assert out.isnan().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prompts.attend(tiles, scoring=PLAIN["scoring"], out=out)
+    expected = prompts.expected(**PLAIN)
+    for start, end in ((0, 4), (1, 3), (3, 4), (2, 3), (0, 4)):
+        first, last = _rows(prompts.counts, start)[0], _rows(prompts.counts, end - 1)[1]
+        layout = StepLayout.pack(
+            query_lens=prompts.counts, context_lens=prompts.contexts, block_tables=prompts.tables
+        )
+        requests = Requests.of(layout.part(first, last))
+        requests = replace(requests, starts=requests.starts + first)
+        for there, array in zip(tiles.tensors, tiles.arrays(requests), strict=True):
+            there[: len(array)].copy_(torch.from_numpy(array))
+        out.fill_(torch.nan)
+        graph.replay()
+        is_ours = ~expected.isnan()
+        is_ours[:first] = is_ours[last:] = False
+        assert torch.equal(is_ours, ~out.isnan())
+        if is_ours.any():
+            assert relative_error(out[is_ours], expected[is_ours]) < 1e-2
 
 
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (96, 96), (128, 64), (192, 128), (256, 256)])
