@@ -34,7 +34,7 @@ def make_pages(dtype=torch.bfloat16, dim=128):
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
-    monkeypatch.setattr(flash_prefill, "num_sms", lambda device: 4)
+    monkeypatch.setattr(flash_prefill, "num_sms", lambda _: 4)
     flash_prefill._kernel.cache_clear()
     yield
     flash_prefill._kernel.cache_clear()
@@ -84,7 +84,7 @@ def install(monkeypatch, folder, *, release="0.6.14", has_kernel=True):
     if has_kernel:
         library.touch()
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(flash_prefill, "version", lambda name: release)
+    monkeypatch.setattr(flash_prefill, "version", lambda _: release)
     loader = SimpleNamespace(load_module=lambda path: SimpleNamespace(paged_run=path))
     monkeypatch.setitem(sys.modules, "tvm_ffi", loader)
     return str(library)
