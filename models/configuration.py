@@ -1,5 +1,7 @@
 """From a configuration as JSON to one that is known to describe a decoder."""
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import (
@@ -9,16 +11,23 @@ from transformers import (
     PretrainedConfig,
 )
 
-from nanoflow_compiler.errors import ModelLoadError
+from nanoflow_compiler.errors import ConfigError, ModelLoadError
 from nanoflow_compiler.models.messages import one_line
 
 __all__ = ["make_config"]
 
+_LEGACY = ("rope_theta", "rope_scaling")
+"""Still read, and spelled otherwise in what transformers writes."""
+
 
 def make_config(
-    values: dict[str, Any], *, where: str, num_hidden_layers: int | None = None
+    values: dict[str, Any],
+    *,
+    where: str,
+    num_hidden_layers: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
-    """The configuration of a causal LM, with another number of layers if asked.
+    """The configuration of a causal LM, with other values or another number of layers if asked.
 
     Refuses what is not a decoder or not known to the installed transformers; ``where`` is for messages.
     """
@@ -28,6 +37,8 @@ def make_config(
             f"{where}: architecture {model_type!r} is unknown to the installed transformers; "
             "upgrade transformers, or check model_type in config.json"
         )
+    if overrides:
+        values = _with_overrides(values, overrides)
     if num_hidden_layers is not None:
         values = _with_layers(values, num_hidden_layers)
     try:
@@ -38,6 +49,25 @@ def make_config(
         ) from error
     _check_decoder(config, where=where)
     return config
+
+
+def _with_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A name that the architecture does not read would change nothing, and is refused."""
+    model_type = values["model_type"]
+    if "model_type" in overrides:
+        raise ConfigError("hf_overrides cannot change model_type; pass another model")
+    known = {*values, *_LEGACY, *CONFIG_MAPPING[model_type]().to_dict()}
+    known |= CONFIG_MAPPING[model_type].attribute_map.keys()
+    for name in overrides:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"hf_overrides: {model_type} has no setting {name!r}{hint}")
+    changed = {**values, **overrides}
+    layers = overrides.get("num_hidden_layers")
+    if isinstance(layers, int) and "layer_types" not in overrides:
+        return _with_layers(changed, layers)
+    return changed
 
 
 def _with_layers(values: dict[str, Any], count: int) -> dict[str, Any]:

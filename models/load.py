@@ -1,8 +1,8 @@
 """The one function that makes a ``Decoder``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ DTYPES = {
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def load_decoder(
+def load_decoder(  # noqa: PLR0913 - each is a setting of its own
     name_or_path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
@@ -46,24 +46,30 @@ def load_decoder(
     load_format: LoadFormat = "auto",
     dummy_distribution: DummyDistribution = "normal",
     num_hidden_layers: int | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
 ) -> Decoder:
     """Load the decoder that ``name_or_path`` names: a path, an alias, a hub id or a catalog entry.
 
     ``dtype="auto"`` is that of the checkpoint; ``device`` may be ``"auto"`` too, a GPU where there is
     one. ``load_format="dummy"`` takes the configuration alone, with random weights of
-    ``dummy_distribution``; only then may ``num_hidden_layers`` differ from it.
+    ``dummy_distribution``; only then may ``num_hidden_layers`` differ from it. ``hf_overrides`` are
+    values that replace those of the configuration.
     """
     chosen, place = _parse_dtype(dtype), find_device(device)
     _check_choice("load_format", load_format, get_args(LoadFormat))
     _check_choice("dummy_distribution", dummy_distribution, get_args(DummyDistribution))
     if load_format == "dummy":
-        path, config = _find_config(name_or_path, num_hidden_layers=num_hidden_layers)
+        path, config = _find_config(
+            name_or_path, num_hidden_layers=num_hidden_layers, overrides=hf_overrides
+        )
         model = random_weights(config, dtype=chosen, device=place, distribution=dummy_distribution)
         return _decoder(model, _load_tokenizer(path), path=path, name=str(name_or_path))
     if num_hidden_layers is not None:
         raise ConfigError('num_hidden_layers can be changed only with load_format="dummy"')
     path = resolve_model(name_or_path)
-    model, tokenizer = _load(path, dtype=chosen, device=place, label=f"Loading {name_or_path}")
+    model, tokenizer = _load(
+        path, where=str(name_or_path), dtype=chosen, device=place, overrides=hf_overrides
+    )
     check_finite(model, where=str(path))
     folder = path if path.is_dir() else path.parent
     # What was not read to the device itself: GGUF files, and safetensors without accelerate.
@@ -83,18 +89,28 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _load(
-    path: Path, *, dtype: torch.dtype | None, device: torch.device, label: str
+    path: Path,
+    *,
+    where: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     if path.suffix == ".gguf":
+        if overrides:
+            raise ConfigError(f"{path}: hf_overrides need a config.json, not a GGUF file")
         return load_gguf(path, dtype=dtype)
-    config = make_config(read_json(path / "config.json"), where=str(path))
-    with progress_bar(label):
-        model = read_weights(path, config, dtype=dtype, device=device)
-        return model, _load_tokenizer(path)
+    values = read_json(path / "config.json")
+    config = make_config(values, where=str(path), overrides=overrides)
+    with progress_bar(f"Loading {where}"):
+        return read_weights(path, config, dtype=dtype, device=device), _load_tokenizer(path)
 
 
 def _find_config(
-    name_or_path: str | Path, *, num_hidden_layers: int | None
+    name_or_path: str | Path,
+    *,
+    num_hidden_layers: int | None,
+    overrides: Mapping[str, Any] | None,
 ) -> tuple[Path, PretrainedConfig]:
     name = str(name_or_path)
     if name in catalog_names() and not Path(name).exists():
@@ -106,7 +122,9 @@ def _find_config(
                 f'{path}: load_format="dummy" needs a config.json, not a GGUF file'
             )
         values = read_json(path / "config.json")
-    return path, make_config(values, where=name, num_hidden_layers=num_hidden_layers)
+    return path, make_config(
+        values, where=name, num_hidden_layers=num_hidden_layers, overrides=overrides
+    )
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -86,6 +86,13 @@ class Requests:
         """Requests with several rows."""
         return np.flatnonzero(np.diff(self.starts) > 1)
 
+    @property
+    def mean_keys(self) -> float:
+        """How many keys a row of a prompt sees on average, whatever window and chunk leave of them."""
+        counts = np.diff(self.starts)[self.prompts]
+        pairs = counts * (2 * self.contexts[self.prompts] + counts + 1)
+        return float(pairs.sum() / max(1, 2 * counts.sum()))
+
     def blocks_of(self, requests: Ints, *, columns: Ints) -> Ints:
         """Block numbers ``[R, columns]``; past the end of the tables, any."""
         blocks: Ints = self.tables[requests[:, None], np.minimum(columns, self.tables.shape[1] - 1)]

@@ -26,7 +26,7 @@ from nanoflow_compiler.scoring import Scoring
 
 if TYPE_CHECKING:
     from nanoflow_compiler.kernels.paged_decode import PageReads
-    from nanoflow_compiler.kernels.paged_prefill import PromptTiles
+    from nanoflow_compiler.kernels.prompts import Tiles
 
 __all__ = ["Plan", "PlanKey", "Room", "append", "attend", "plan_of"]
 
@@ -52,7 +52,9 @@ def attend(
     """Causal attention of packed queries ``[T, heads, dim]`` over the blocks of one layer's cache."""
     keys, values, tables = cache.keys[layer], cache.values[layer], cache.tables[layer]
     heads = Heads(query.shape[1], *keys.shape[2:])
-    plan = plan_of(part, visibility=visibility, heads=heads, tables=tables)
+    plan = plan_of(
+        part, visibility=visibility, heads=heads, tables=tables, is_plain=scoring.is_plain
+    )
 
     def attended(query: Tensor, rows: Decodes | Group) -> Tensor:
         if isinstance(rows, Decodes):
@@ -69,9 +71,7 @@ def attend(
         _gpu("paged_decode").attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
     if plan.tiles is not None:
         assert isinstance(tables, HeadPages)
-        _gpu("paged_prefill").attend_prompts(
-            query, tables, tiles=plan.tiles, scoring=scoring, out=out
-        )
+        _gpu("prompts").attend(query, tables, tiles=plan.tiles, scoring=scoring, out=out)
     for rows in plan.groups:
         out[rows.rows] = attended(query[rows.rows], rows)
     return out
@@ -84,7 +84,7 @@ class Plan:
     groups: tuple[Decodes | Group, ...]
     reads: "PageReads | None" = None
     """On a GPU, all decodes."""
-    tiles: "PromptTiles | None" = None
+    tiles: "Tiles | None" = None
     """On a GPU, all requests with several rows; then there are no groups."""
 
     def inputs(self, requests: Requests) -> Iterator[tuple[Tensor, npt.NDArray[np.generic]]]:
@@ -103,6 +103,8 @@ class Room:
     num_blocks: int
     """Of a request."""
     has_prompts: bool
+    is_long: bool = False
+    """Prompts are by the kernel of long ones, where there is one for the layer."""
 
     @property
     def num_decode_pages(self) -> int:
@@ -110,9 +112,13 @@ class Room:
         return min(self.num_tokens, self.num_requests) * self.num_blocks + self.num_tokens
 
     @property
-    def num_prompt_pages(self) -> int:
+    def num_prompts(self) -> int:
         """A prompt has two tokens at least."""
-        return min(self.num_tokens // 2, self.num_requests) * self.num_blocks
+        return min(self.num_tokens // 2, self.num_requests)
+
+    @property
+    def num_prompt_pages(self) -> int:
+        return self.num_prompts * self.num_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,16 @@ class PlanKey:
     """Where a kernel reads the tables of a layer."""
     tables: RowTables | HeadPages | None = field(default=None, compare=False)
     """Of any of the layers."""
+    is_plain: bool = False
+    """Whether the weights are the softmax of scaled products, also where no kernel asks."""
+
+    @property
+    def least_long_keys(self) -> int | None:
+        """From how many keys of a prompt's row on, on average, it has a kernel of long prompts."""
+        if not self.is_plain or not isinstance(self.tables, HeadPages):
+            return None
+        least: int | None = _gpu("prompts").least_keys(self.tables, visibility=self.visibility)
+        return least
 
     def with_room(self, room: Room) -> Plan:
         """A plan of nothing yet, at a place that stays: captured steps are planned anew each time."""
@@ -138,12 +154,12 @@ class PlanKey:
         )
         if not room.has_prompts:
             return Plan((), reads)
-        tiles = _gpu("paged_prefill").prompts_with_room(
+        tiles = _gpu("prompts").with_room(
             self.tables,
             num_heads=self.heads.num_heads,
             visibility=self.visibility,
-            num_tiles=room.num_tokens,
-            num_pages=room.num_prompt_pages,
+            sizes=(room.num_tokens, room.num_prompts, room.num_prompt_pages),
+            is_long=room.is_long and self.least_long_keys is not None,
         )
         return Plan((), reads, tiles)
 
@@ -154,35 +170,37 @@ def plan_of(
     visibility: Visibility,
     heads: Heads,
     tables: RowTables | HeadPages | None,
+    is_plain: bool = False,
 ) -> Plan:
     """Made when first asked for.
 
-    A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads``:
-    the layers that share those share its index tensors and masks.
+    A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads`` and
+    on whether scores ``is_plain``: the layers that share those share its index tensors and masks.
     """
-    key = PlanKey(visibility, heads, tables) if tables else PlanKey(visibility)
+    key = PlanKey(visibility, heads, tables, is_plain) if tables else PlanKey(visibility)
     if key not in part.plans:
-        part.plans[key] = _plan(Requests.of(part), visibility, heads=heads, tables=tables)
+        part.plans[key] = _plan(Requests.of(part), key)
     plan: Plan = part.plans[key]
     return plan
 
 
-def _plan(
-    requests: Requests,
-    visibility: Visibility,
-    *,
-    heads: Heads,
-    tables: RowTables | HeadPages | None,
-) -> Plan:
+def _plan(requests: Requests, key: PlanKey) -> Plan:
+    visibility, tables = key.visibility, key.tables
     if isinstance(tables, HeadPages):
-        plan_pages = _gpu("paged_decode").plan_pages
-        plan_prompts = _gpu("paged_prefill").plan_prompts
-        reads = plan_pages(requests, tables, visibility=visibility)
-        tiles = plan_prompts(requests, tables, num_heads=heads.num_heads, visibility=visibility)
+        assert key.heads is not None
+        reads = _gpu("paged_decode").plan_pages(requests, tables, visibility=visibility)
+        tiles = _gpu("prompts").plan(
+            requests,
+            tables,
+            num_heads=key.heads.num_heads,
+            visibility=visibility,
+            is_plain=key.is_plain,
+        )
         return Plan((), reads, tiles)
     prompts = tuple(plan_tiles(requests, visibility=visibility))
     if isinstance(tables, RowTables):
-        sums = plan_sums(requests, visibility=visibility, heads=heads)
+        assert key.heads is not None
+        sums = plan_sums(requests, visibility=visibility, heads=key.heads)
         return Plan((sums, *prompts) if sums else prompts)
     return Plan((*plan_decodes(requests, visibility=visibility), *prompts))
 

@@ -73,7 +73,8 @@ def _print_config(config: ServeConfig, ready: Ready) -> None:
 
 def _model_rows(spec: EngineSpec) -> dict[str, Any]:
     dummy = {"dummy_distribution": spec.dummy_distribution} if spec.load_format == "dummy" else {}
-    return {"model": spec.model, "load_format": spec.load_format, **dummy}
+    overrides = {"hf_overrides": dict(spec.hf_overrides)} if spec.hf_overrides else {}
+    return {"model": spec.model, "load_format": spec.load_format, **dummy, **overrides}
 
 
 def _shown(name: str, value: object) -> str:

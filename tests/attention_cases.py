@@ -33,6 +33,39 @@ class Case:
         return self.scale, self.window, self.chunk, self.softcap
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Sizes and limits of attention in a GPU's kernels."""
+
+    sizes: dict
+    limits: tuple[int, int]
+    """Window and chunk; 0 is none."""
+    softcap: float
+    has_sinks: bool
+    scale: float
+
+
+def random_attention(rng):
+    """What a model may have: any heads of multiples of 16 bytes."""
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[rng.integers(3)]
+    # Float32 is not multiplied by tensor cores, and is for tests.
+    dim, v_dim = (8 * int(rng.integers(1, 17 if dtype is torch.float32 else 33)) for _ in "kv")
+    kv_heads = int(rng.choice([1, 2, 3, 4, 8]))
+    return Drawn(
+        sizes={
+            "heads": kv_heads * int(rng.choice([1, 2, 3, 4, 5, 7, 8, 16])),
+            "kv_heads": kv_heads,
+            "dim": dim,
+            "v_dim": dim if rng.random() < 0.5 else v_dim,
+            "dtype": dtype,
+        },
+        limits=(int(rng.choice([0, 0, 1, 64, 100])), int(rng.choice([0, 0, 64, 96, 2500]))),
+        softcap=float(rng.choice([0.0, 0.0, 2.0, 30.0])),
+        has_sinks=bool(rng.random() < 0.3),
+        scale=float(dim**-0.5),
+    )
+
+
 def naive(case, query, key, value, sinks):
     """One request, one query, one head at a time; tensors [L, heads, dim] of which the last are queries."""
     out = query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

@@ -50,8 +50,7 @@ class HostPlan(paged_attention.Plan):
     __slots__ = ("key",)
 
     def inputs(self, requests):
-        key = self.key
-        plan = paged_attention._plan(requests, key.visibility, heads=key.heads, tables=key.tables)
+        plan = paged_attention._plan(requests, self.key)
         object.__setattr__(self, "groups", plan.groups)
         return iter(())
 

@@ -18,6 +18,12 @@ PROMPTS = [
     "Q: What is 2 + 2?\nA:",
     "A",
 ]
+CUT = ({"parts": 2}, {"max_num_batched_tokens": 24, "device": "cpu"})
+ON_GPU = [
+    pytest.mark.gpu,
+    # Inductor's advice on a reduction that it splits.
+    pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,13 @@ def expected(smollm2, prompt_ids):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        pytest.param({}, {}, id="defaults"),
-        pytest.param({"parts": 2}, {"max_num_batched_tokens": 24}, id="cut-and-chunked"),
+        pytest.param({}, {"device": "cpu"}, id="defaults"),
+        pytest.param(*CUT, id="cut-and-chunked"),
+        pytest.param({}, {"device": "cuda"}, id="gpu", marks=ON_GPU),
+        pytest.param(CUT[0], CUT[1] | {"device": "cuda"}, id="gpu-cut-and-chunked", marks=ON_GPU),
+        pytest.param(
+            {}, {"device": "cuda", "enforce_eager": True}, id="gpu-eager", marks=pytest.mark.gpu
+        ),
     ],
 )
 def test_llm_generates_what_transformers_does(smollm2, prompt_ids, expected, options, settings):

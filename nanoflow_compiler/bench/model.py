@@ -1,5 +1,6 @@
 """Which model a benchmark loads, and where."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from nanoflow_compiler.errors import ConfigError
 
-__all__ = ["Device", "DummyDistributionFlag", "ModelSettings"]
+__all__ = ["Device", "DummyDistributionFlag", "HfOverrides", "ModelSettings"]
 
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:N; auto: a GPU if there is one.")
@@ -15,6 +16,25 @@ Device = Annotated[
 DummyDistributionFlag = Annotated[
     Literal["normal", "uniform"],
     typer.Option(help="Of dummy weights: as training begins, or up to 0.001 as vLLM has them."),
+]
+
+
+def _read_overrides(given: str | dict[str, Any]) -> dict[str, Any]:
+    """A file of flags may hold the mapping itself."""
+    try:
+        values = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f'{given!r} is no JSON object, such as {{"num_hidden_layers": 2}}')
+    return values
+
+
+HfOverrides = Annotated[
+    dict[str, Any] | None,
+    typer.Option(
+        parser=_read_overrides, metavar="JSON", help="Replace values of the model's config.json."
+    ),
 ]
 
 
@@ -35,6 +55,7 @@ class ModelSettings:
         Literal["auto", "dummy"], typer.Option(help="dummy: random weights.")
     ] = "auto"
     dummy_distribution: DummyDistributionFlag = "normal"
+    hf_overrides: HfOverrides = None
 
     @property
     def name(self) -> str:
@@ -53,4 +74,5 @@ class ModelSettings:
             "device": self.device,
             "load_format": "dummy" if self.dummy_weights else self.load_format,
             "dummy_distribution": self.dummy_distribution,
+            "hf_overrides": self.hf_overrides,
         }

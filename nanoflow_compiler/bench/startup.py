@@ -18,18 +18,17 @@ from rich.table import Table
 
 from nanoflow_compiler.bench.model import ModelSettings
 from nanoflow_compiler.bench.progress import progress
+from nanoflow_compiler.bench.startup_server import start_server
 from nanoflow_compiler.bench.startup_settings import StartupSettings
 from nanoflow_compiler.errors import NanoflowError
 
-__all__ = ["STAGES", "measure_startup", "print_startup"]
+__all__ = ["measure_startup", "print_startup"]
 
 CACHES = {
     "NANOFLOW_CACHE": "nanoflow",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
 }
-STAGES = ("python", "import", "load", "compile", "first_answer")
-"""Until the program runs; torch and this package; the model; its step and the KV cache; one token."""
 
 
 def measure_startup(
@@ -59,7 +58,7 @@ def print_startup(found: Mapping[str, Any]) -> None:
     """Means of the stages in seconds, on standard output."""
     states = [state for state in ("cold", "warm") if f"{state}_stages" in found]
     table = Table("stage", *(f"{state} (s)" for state in states))
-    for stage in STAGES:
+    for stage in found[f"{states[0]}_stages"]:
         table.add_row(stage, *(f"{found[f'{state}_stages'][stage]:.2f}" for state in states))
     table.add_row("total", *(f"{found[f'avg_{state}_startup_time']:.2f}" for state in states))
     Console().print(table)
@@ -68,18 +67,19 @@ def print_startup(found: Mapping[str, Any]) -> None:
 def _starts(
     settings: StartupSettings, given: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, float]]]:
+    start = _start_server if settings.server else _start
     for _ in range(settings.num_iters_cold - 1):
         with tempfile.TemporaryDirectory() as folder:
-            yield "cold", _start(given, folder)
+            yield "cold", start(given, folder)
     with tempfile.TemporaryDirectory() as folder:
-        yield "cold", _start(given, folder)
+        yield "cold", start(given, folder)
         for _ in range(settings.num_iters_warm):
-            yield "warm", _start(given, folder)
+            yield "warm", start(given, folder)
 
 
 def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
-    """Seconds of one start by stage."""
-    caches = [f"{name}={folder}/{place}" for name, place in CACHES.items()]
+    """Seconds of one start by stage: until the program runs (``python``), ..., and of one token."""
+    caches = _caches(folder)
     child = [sys.executable, "-m", "nanoflow_compiler.bench.startup_child", json.dumps(given)]
     began = time.time()
     done = subprocess.run(["env", *caches, *child], capture_output=True, text=True, check=False)
@@ -92,6 +92,15 @@ def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
     return {"python": python, **answer, "total": python + sum(answer.values())}
 
 
+def _start_server(given: Mapping[str, Any], folder: str) -> dict[str, float]:
+    stages = start_server(given, environment=_caches(folder))
+    return {**stages, "total": sum(stages.values())}
+
+
+def _caches(folder: str) -> list[str]:
+    return [f"{name}={folder}/{place}" for name, place in CACHES.items()]
+
+
 def _summary(state: str, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not starts:
         return {}
@@ -100,6 +109,8 @@ def _summary(state: str, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"avg_{state}_startup_time": statistics.mean(times),
         f"{state}_startup_times": times,
         f"{state}_stages": {
-            stage: statistics.mean(start[stage] for start in starts) for stage in STAGES
+            stage: statistics.mean(start[stage] for start in starts)
+            for stage in starts[0]
+            if stage not in ("caches", "total")
         },
     }

@@ -16,3 +16,6 @@ class StartupSettings:
     num_iters_warm: Annotated[
         int, typer.Option(min=0, help="Starts with the caches of the last cold one.")
     ] = 3
+    server: Annotated[
+        bool, typer.Option("--server", help="Of nanoflow serve, to a first token over HTTP.")
+    ] = False

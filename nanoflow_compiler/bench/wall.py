@@ -80,7 +80,8 @@ def check_wall(model: ModelSettings) -> PreTrainedModel:
         raise ConfigError(
             "--wall needs a GPU of compute capability 9.0 or more, for its decode attention"
         )
-    shapes = load_decoder(model.name, dtype=model.dtype, load_format="dummy", device="meta").model
+    loading = model.loading() | {"load_format": "dummy", "device": "meta"}
+    shapes = load_decoder(model.name, **loading).model
     config = shapes.config.get_text_config()
     if {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
         raise ConfigError("--wall is for full attention: this model has layers with windows")

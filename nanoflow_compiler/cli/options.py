@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoflow_compiler.bench.model import Device, DummyDistributionFlag
+from nanoflow_compiler.bench.model import Device, DummyDistributionFlag, HfOverrides
 
 __all__ = [
     "CompileFlags",
@@ -13,6 +13,7 @@ __all__ = [
     "Dtype",
     "DummyDistributionFlag",
     "EngineFlags",
+    "HfOverrides",
     "Model",
     "SamplingFlags",
     "StepFlags",

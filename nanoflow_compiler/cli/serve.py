@@ -13,6 +13,7 @@ from nanoflow_compiler.cli.options import (
     Dtype,
     DummyDistributionFlag,
     EngineFlags,
+    HfOverrides,
     Model,
 )
 from nanoflow_compiler.cli.server_flags import ServerFlags
@@ -33,6 +34,7 @@ def serve(
         Literal["auto", "dummy"], typer.Option(help="auto, or dummy: random weights.")
     ] = "auto",
     dummy_distribution: DummyDistributionFlag = "normal",
+    hf_overrides: HfOverrides = None,
     engine: EngineFlags,
     seed: Annotated[int, typer.Option(help="For requests without one.")] = 0,
     compiler: CompileFlags,
@@ -60,6 +62,7 @@ def serve(
                 device=device,
                 load_format=load_format,
                 dummy_distribution=dummy_distribution,
+                hf_overrides=hf_overrides,
                 config=EngineConfig(**engine.settings(), seed=seed),
                 enforce_eager=compiler.enforce_eager,
                 options=compiler.options(),

@@ -39,7 +39,7 @@ UNSUPPORTED = """
     enable-prompt-embeds enable-return-routed-experts enable-sleep-mode enable-ssl-refresh
     enable-tokenizer-info-endpoint exclude-tools-when-tool-choice-none fingerprint-mode
     fully-sharded-loras guided-decoding-backend h11-max-header-count
-    h11-max-incomplete-event-size headless hf-config-path hf-overrides hf-token
+    h11-max-incomplete-event-size headless hf-config-path hf-token
     ignore-patterns io-processor-plugin kv-cache-memory kv-cache-metrics kv-events-config
     kv-offloading-backend kv-offloading-size kv-sharing-fast-prefill kv-transfer-config language-model-only
     limit-mm-per-prompt log-config-file log-error-stack logits-processors

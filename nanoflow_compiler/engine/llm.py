@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +48,7 @@ class LLM:
         seed: int = 0,
         load_format: Literal["auto", "dummy"] = "auto",
         dummy_distribution: DummyDistribution = "normal",
+        hf_overrides: Mapping[str, Any] | None = None,
         enforce_eager: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> None:
@@ -75,6 +76,7 @@ class LLM:
                 load_format=load_format,
                 device=str(device),
                 dummy_distribution=dummy_distribution,
+                hf_overrides=hf_overrides,
             ),
             config=config,
             compile_config=None if enforce_eager else compile_config,

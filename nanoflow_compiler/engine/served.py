@@ -1,8 +1,9 @@
 """A model as an engine needs it, however the user named it."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ class Loading:
     load_format: Literal["auto", "dummy"] = "auto"
     device: str = "auto"
     dummy_distribution: DummyDistribution = "normal"
+    hf_overrides: Mapping[str, Any] | None = None
+    """Replace values of the model's configuration."""
 
     def __post_init__(self) -> None:
         """Refuse what names no device."""
@@ -32,10 +35,10 @@ class Loading:
 
     def check_loaded(self, model: PreTrainedModel) -> None:
         """Refuse to change a model that is loaded."""
-        if (self.dtype, self.load_format, self.dummy_distribution) != ("auto", "auto", "normal"):
+        if replace(self, device="auto") != Loading():
             raise ConfigError(
-                "dtype, load_format and dummy_distribution are for models given by name; this one "
-                "is loaded"
+                "dtype, load_format, dummy_distribution and hf_overrides are for models given by "
+                "name; this one is loaded"
             )
         if self.device != "auto" and not _is_same(torch.device(self.device), model.device):
             raise ConfigError(

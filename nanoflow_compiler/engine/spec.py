@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.build import BuiltEngine, build_engine
@@ -22,6 +22,8 @@ class EngineSpec:
     dtype: str = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     dummy_distribution: DummyDistribution = "normal"
+    hf_overrides: Mapping[str, Any] | None = None
+    """Replace values of the model's configuration."""
     device: str = "auto"
     """``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is a GPU where torch has one."""
     tokenizer: str | None = None
@@ -53,4 +55,5 @@ class EngineSpec:
             load_format=self.load_format,
             device=self.device,
             dummy_distribution=self.dummy_distribution,
+            hf_overrides=self.hf_overrides,
         )

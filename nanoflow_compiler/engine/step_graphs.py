@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -71,8 +72,12 @@ class StepGraphs:
         self._cut = cut
         self._max_blocks = -(-max_model_len // BLOCK_SIZE)
         self._captured: dict[Bucket, CapturedStep] = {}
-        self._plans: dict[tuple[int, PlanKey, bool], Plan] = {}
-        """By part, key, and whether there are prompts; all buckets of a kind share them."""
+        self._long: dict[Bucket, CapturedStep] = {}
+        """Of long prompts, where another kernel attends them."""
+        self._least_long_keys = inf
+        """That a row of such prompts sees on average."""
+        self._plans: dict[tuple[int, PlanKey, bool, bool], Plan] = {}
+        """By part, key, and whether there are (long) prompts; all buckets of a kind share them."""
         self._pool = GraphPool()
         self._is_pinned = forward.cache.device.type == "cuda"
         self._memory = torch.empty(0, dtype=torch.uint8, device=forward.cache.device)
@@ -95,6 +100,8 @@ class StepGraphs:
                 warnings.warn(_refusal(bucket, error), stacklevel=2)
                 failed.add(bucket.has_prompts)
             else:
+                if bucket.has_prompts and bucket.num_tokens == ordered[0].num_tokens:
+                    self._capture_long(bucket)
                 yield bucket
 
     def ready(self, batch: Batch, sampling: SamplingBatch) -> ReadyStep | None:
@@ -106,10 +113,13 @@ class StepGraphs:
         layout, inputs = self._inputs(bucket, batch)
         cuts = self._cuts(bucket)
         parts = self.forward.parts(layout, cuts=cuts, slots=step.inputs.kv_slots)
+        requests = [Requests.of(part) for part in parts]
+        if any(part.mean_keys >= self._least_long_keys for part in requests):
+            step = self._long.get(bucket, step)
         plans = [
             pair
-            for part, captured in zip(parts, step.parts, strict=True)
-            for pair in _plan_inputs(Requests.of(part), captured.plans.values())
+            for part, captured in zip(requests, step.parts, strict=True)
+            for pair in _plan_inputs(part, captured.plans.values())
         ]
         columns = draw_columns(sampling, step.logits.shape[-1]).padded(bucket.num_rows)
         fixed = (*inputs.arrays, *columns.arrays)
@@ -136,6 +146,7 @@ class StepGraphs:
         """Release the graphs."""
         self.buckets = Buckets(())
         self._captured.clear()
+        self._long.clear()
         self._plans.clear()
 
     def _inputs(self, bucket: Bucket, batch: Batch) -> tuple[StepLayout, StepInputs[Any]]:
@@ -146,19 +157,36 @@ class StepGraphs:
     def _cuts(self, bucket: Bucket) -> Sequence[int]:
         return self._cut(bucket.num_tokens, self.forward.step.num_cells)
 
-    def _capture(self, bucket: Bucket) -> CapturedStep:
+    def _capture_long(self, bucket: Bucket) -> None:
+        """Only for the largest size, which chunks of long prompts fill."""
+        keys = {key for part in self._captured[bucket].parts for key in part.plans}
+        found = [key.least_long_keys for key in keys if isinstance(key, PlanKey)]
+        least = min((keys for keys in found if keys is not None), default=inf)
+        if least == inf:
+            return
+        try:
+            self._long[bucket] = self._capture(bucket, is_long=True)
+        except Exception as error:
+            message = "the kernel of long prompts is not captured, and not used"
+            warnings.warn(f"{message}: {_reason(error)}", stacklevel=3)
+        else:
+            self._least_long_keys = least
+
+    def _capture(self, bucket: Bucket, *, is_long: bool = False) -> CapturedStep:
         layout, arrays = self._inputs(bucket, bucket.example())
         inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
         parts = self.forward.parts(layout, cuts=self._cuts(bucket), slots=inputs.kv_slots)
         self._run(bucket, inputs, draw, parts)  # compiles, and plans what has no room yet
         placed = tuple(
-            replace(part, plans=self._with_room(at, part.plans, bucket=bucket))
+            replace(part, plans=self._with_room(at, part.plans, bucket=bucket, is_long=is_long))
             for at, part in enumerate(parts)
         )
         for part in placed:
             for there, array in _plan_inputs(Requests.of(part), part.plans.values()):
                 there[: len(array)].copy_(torch.from_numpy(array))
         launch = partial(self._run, bucket, inputs, draw, placed)
+        if is_long:
+            launch()  # what is not ours is loaded when it first runs
         graph, (logits, tokens) = self._pool.capture(launch)
         return CapturedStep(graph, inputs, placed, logits, tokens)
 
@@ -190,23 +218,24 @@ class StepGraphs:
         placed = views(self._memory, staged.forms)
         return StepInputs.of(placed[:num_inputs]), Draw(*placed[num_inputs:])
 
-    def _with_room(self, part: int, plans: Plans, *, bucket: Bucket) -> Plans:
+    def _with_room(self, part: int, plans: Plans, *, bucket: Bucket, is_long: bool) -> Plans:
         """The plans of a part with room for any batch of the bucket, and of all smaller buckets."""
         placed: Plans = {}
         for key in plans:
             if isinstance(key, PlanKey):
-                at = (part, key, bucket.has_prompts)
+                at = (part, key, bucket.has_prompts, is_long)
                 if at not in self._plans:
-                    self._plans[at] = key.with_room(self._room(bucket))
+                    self._plans[at] = key.with_room(self._room(bucket, is_long=is_long))
                 placed[key] = self._plans[at]
         return placed
 
-    def _room(self, bucket: Bucket) -> Room:
+    def _room(self, bucket: Bucket, *, is_long: bool) -> Room:
         return Room(
             num_tokens=bucket.num_tokens,
             num_requests=self.forward.spare_slot,
             num_blocks=self._max_blocks,
             has_prompts=bucket.has_prompts,
+            is_long=is_long,
         )
 
 
@@ -220,12 +249,15 @@ def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[
 def _refusal(bucket: Bucket, error: Exception) -> str:
     lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame)]
     where = f" at `{lines[-1]}`" if lines else ""
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     kind = "steps with prompts" if bucket.has_prompts else "decode steps"
     return (
         f"{kind} of up to {bucket.num_tokens} tokens are not captured as CUDA graphs, and run launched "
-        f"one operation at a time: {reason}{where}"
+        f"one operation at a time: {_reason(error)}{where}"
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _is_ours(frame: traceback.FrameSummary) -> bool:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 from typer.testing import CliRunner
 
+from nanoflow_compiler.bench.startup_server import serve_flags
 from nanoflow_compiler.cli import app
 from nanoflow_compiler.engine import assemble
 from nanoflow_compiler.engine.device_times import DeviceTimes, StepTimes
@@ -183,7 +184,31 @@ def test_startup_of_processes_of_their_own(run):
     assert f"{report['avg_warm_startup_time']:.2f}" in result.stdout
 
 
-def test_startup_that_fails_says_why(run):
-    result, _ = run("startup", "--num-iters-cold 1 --num-iters-warm 0 --max-num-seqs 0")
+@pytest.mark.slow
+def test_startup_of_a_server(run):
+    flags = "--server --enforce-eager --num-iters-cold 1 --num-iters-warm 0 --device cpu"
+    result, report = run("startup", f"{flags} --max-num-seqs 4 --no-enable-prefix-caching")
+    (start,) = report["starts"]
+    assert start.keys() == {"caches", "other", "load", "compile", "first_answer", "total"}
+    assert start["total"] == pytest.approx(sum(report["cold_stages"].values()))
+    assert all(start[stage] > 0 for stage in ("other", "load", "first_answer"))
+    assert "first_answer" in result.stdout
+
+
+def test_flags_of_a_server_that_starts():
+    given = {"model": "m", "dtype": "auto", "hf_overrides": {"num_hidden_layers": 2}}
+    given |= {"max_num_seqs": None, "enforce_eager": False, "enable_prefix_caching": False}
+    words = serve_flags(given | {"options": {"parts": 2}})
+    assert words == [
+        *("m", "--served-model-name", "startup", "--dtype", "auto"),
+        *("--hf-overrides", '{"num_hidden_layers": 2}', "--no-enable-prefix-caching"),
+        *("--parts", "2"),
+    ]
+    assert "--enforce-eager" in serve_flags(given | {"enforce_eager": True, "options": {}})
+
+
+@pytest.mark.parametrize("kind", ["", pytest.param("--server", marks=pytest.mark.slow)])
+def test_startup_that_fails_says_why(run, kind):
+    result, _ = run("startup", f"{kind} --num-iters-cold 1 --num-iters-warm 0 --max-num-seqs 0")
     assert result.exit_code == 2
     assert "max_num_seqs must be" in result.stderr

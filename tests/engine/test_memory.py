@@ -71,8 +71,9 @@ TINY = {"load_format": "dummy", "num_hidden_layers": 1, "device": "meta"}
 def test_a_model_that_is_there_may_be_named_with_its_device():
     with LLM(llama(), device="cpu", enforce_eager=True) as llm:
         assert llm.facts["device"] == "cpu"
-    with pytest.raises(ConfigError, match="dummy_distribution are for models given by name"):
-        LLM(llama(), dummy_distribution="uniform", enforce_eager=True)
+    for given in ({"dummy_distribution": "uniform"}, {"hf_overrides": {"num_hidden_layers": 1}}):
+        with pytest.raises(ConfigError, match="hf_overrides are for models given by name"):
+            LLM(llama(), **given, enforce_eager=True)
 
 
 def test_facts_count_the_memory(folder, caplog):

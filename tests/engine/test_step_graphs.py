@@ -1,8 +1,5 @@
 """Captured steps on a GPU: what launched steps find, for any batches, without growth."""
 
-import random
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +10,7 @@ from nanoflow_compiler.engine.buckets import Bucket
 from nanoflow_compiler.engine.graph_pool import GraphPool
 from nanoflow_compiler.engine.llm import LLM
 from tiny_models import BUILDERS
+from watched_steps import Logits, Steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,30 +19,6 @@ pytestmark = [
 ]
 
 SIZES = {"max_num_seqs": 16, "max_num_batched_tokens": 192, "max_model_len": 256}
-
-
-class Steps:
-    """Counts the steps of an engine by how they run, and looks at their logits."""
-
-    def __init__(self, llm):
-        self.runner = llm._core.runner
-        self.num_replayed = self.num_launched = 0
-        self.has_nan = torch.zeros((), dtype=torch.bool, device="cuda")
-        self.prepare = self.runner._prepare
-        self.runner._prepare = self.prepared
-
-    def prepared(self, batch, sampling):
-        prepared = self.prepare(batch, sampling)
-        is_replayed = prepared.drawn is not None
-        self.num_replayed += is_replayed
-        self.num_launched += not is_replayed
-
-        def run():
-            logits = prepared.run()
-            self.has_nan |= logits.isnan().any()
-            return logits
-
-        return replace(prepared, run=run)
 
 
 @pytest.fixture(scope="module")
@@ -56,35 +30,6 @@ def model():
 def llm(request, model):
     with LLM(model, options={"parts": request.param}, **SIZES) as llm:
         yield llm
-
-
-class Logits:
-    """Keeps the logits of every step of an engine."""
-
-    def __init__(self, llm):
-        self.llm = llm
-        self.kept = []
-
-    def of(self, requests, *, is_captured):
-        runner = self.llm._core.runner
-        graphs, prepare = runner.graphs, runner._prepare
-        self.kept.clear()
-        runner.graphs = graphs if is_captured else None
-        runner._prepare = lambda *step: self.watched(prepare(*step))
-        try:
-            found = answers(self.llm, requests)
-        finally:
-            runner.graphs, runner._prepare = graphs, prepare
-        torch.cuda.synchronize()
-        return found, [logits.cpu() for logits in self.kept]
-
-    def watched(self, prepared):
-        def run():
-            logits = prepared.run()
-            self.kept.append(logits[: prepared.num_sampled].clone())
-            return logits
-
-        return replace(prepared, run=run)
 
 
 @pytest.mark.parametrize("kinds", [SETTINGS, PLAIN], ids=["all kinds", "plain"])
@@ -151,28 +96,6 @@ def test_preempted_requests(model):
         expected = answers(eager, requests)
     with LLM(model, num_kv_blocks=5, **SIZES) as short:
         check_same(answers(short, requests), expected)
-
-
-def test_a_soak(model):
-    """Requests come and go for some thousand steps."""
-    choice = random.Random(7)
-    with LLM(model, **SIZES) as llm:
-        core, steps = llm._core, Steps(llm)
-        answers(llm, make_requests(40, seed=8))  # the allocator has seen all kinds of steps
-        before, num_steps, seed = None, core.stats().num_steps, 9
-        while core.stats().num_steps < num_steps + 3000:
-            number = choice.choice([1, 2, 30])
-            answers(llm, make_requests(number, seed=seed, longest=60, most=60))
-            seed += 1
-            if before is None and core.stats().num_steps > num_steps + 500:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-        torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() <= before + (1 << 20)
-        assert not steps.has_nan
-        assert steps.num_replayed > 2000
-        allocator = core.batcher.allocator
-        assert allocator.num_free == allocator.num_usable
 
 
 def test_graphs_share_their_memory_and_give_it_back(model):

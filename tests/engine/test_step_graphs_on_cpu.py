@@ -13,6 +13,7 @@ from nanoflow_compiler.engine import step_graphs
 from nanoflow_compiler.engine.buckets import Bucket, Buckets
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.step_graphs import StepGraphs
+from nanoflow_compiler.paged_attention import PlanKey
 from tiny_models import llama
 
 BUCKETS = Buckets.of_sizes(max_num_seqs=16, max_num_batched_tokens=256).all
@@ -143,6 +144,47 @@ def test_decodes_are_captured_where_prompts_are_not(model, monkeypatch):
         with pytest.warns(UserWarning, match="prompts of up to 300 tokens .* RuntimeError$") as w:
             assert list(captured) == [Bucket(4, 4), Bucket(2, 2), Bucket(1, 1)]
         assert len(w) == 1
+
+
+def record_steps(graphs):
+    """The captured steps that run from now on."""
+    found, ready = [], graphs.ready
+
+    def recorded(*args):
+        step = ready(*args)
+        found.extend([step.step] if step else [])
+        return step
+
+    graphs.ready = recorded
+    return found
+
+
+def test_full_steps_of_long_prompts_have_a_graph_of_their_own(model, monkeypatch):
+    fake_cuda(monkeypatch)
+    monkeypatch.setattr(PlanKey, "least_long_keys", property(lambda _: 60))
+    requests = make_requests(9, longest=250, most=5)
+    expected = expected_answers(model, requests, max_num_batched_tokens=64)
+    with LLM(model, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=64) as llm:
+        capture(llm, Buckets.of_sizes(max_num_seqs=16, max_num_batched_tokens=64).all)
+        graphs = llm._core.runner.graphs
+        found = record_steps(graphs)
+        check_same(answers(llm, requests), expected)
+        assert {bucket.num_tokens for bucket in graphs._long} == {64}
+        is_long = [any(step is long for long in graphs._long.values()) for step in found]
+        assert any(is_long)
+        assert not all(is_long)
+
+
+def test_a_kernel_of_long_prompts_that_cannot_be_captured_is_not_used(model, monkeypatch):
+    fake_cuda(monkeypatch)
+    monkeypatch.setattr(PlanKey, "least_long_keys", property(lambda _: 60))
+    monkeypatch.setattr(FailingPool, "num_good", 1)
+    monkeypatch.setattr(step_graphs, "GraphPool", FailingPool)
+    with LLM(model, enforce_eager=True, max_num_seqs=16) as llm:
+        captured = llm._core.runner.capture([Bucket(64, 16, has_prompts=True)], max_model_len=64)
+        with pytest.warns(UserWarning, match="kernel of long prompts is not captured"):
+            assert len(list(captured)) == 1
+        assert not llm._core.runner.graphs._long
 
 
 def test_layers_that_no_kernel_reads_are_not_captured(model, monkeypatch):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,23 @@ def test_every_tiling(activation, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_large_mixture(dtype):
     Mixture(tokens=700, hidden=2048, inner=3000, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(1, 140))
+    Mixture(
+        tokens=int(rng.choice([1, 2, 16, 17, *rng.integers(1, 2000, 4)])),
+        experts=experts,
+        top_k=int(rng.integers(1, min(experts, 10) + 1)),
+        hidden=8 * int(rng.integers(1, 90)),
+        inner=int(rng.integers(1, 700)),
+        activation=str(rng.choice(["silu", "clamped_swiglu"])),
+        transposed=bool(rng.integers(2)),
+        has_bias=bool(rng.integers(2)),
+        dtype=[*TOLERANCE][rng.integers(3)],
+    ).check()
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 2000])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_cases import Case, Step
+from attention_cases import Case, Step, random_attention
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.attention_state import StepLayout
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
@@ -13,6 +13,8 @@ from nanoflow_compiler.scoring import Scoring
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FAR = 2**31 // (8 * 128 * BLOCK_SIZE)
+"""Blocks of 8 heads of 128 dimensions, whose pool has this many values."""
 LENGTHS = ([1], [64], [65, 1, 130], [700, 3, 64, 129], [5000, 1, 2], [90] * 500)
 
 
@@ -23,7 +25,18 @@ def relative_error(found, expected):
 class Decodes:
     """Decodes over scattered blocks; what no request sees is NaN."""
 
-    def __init__(self, lengths, *, heads=8, kv_heads=2, dim=128, v_dim=None, dtype=torch.bfloat16):
+    def __init__(
+        self,
+        lengths,
+        *,
+        heads=8,
+        kv_heads=2,
+        dim=128,
+        v_dim=None,
+        dtype=torch.bfloat16,
+        num_before=0,
+    ):
+        """``num_before``: blocks of the pool in front of all that are used."""
         generator = torch.Generator("cuda").manual_seed(len(lengths))
 
         def random(*shape):
@@ -31,11 +44,14 @@ class Decodes:
 
         counts = -(-np.array(lengths) // BLOCK_SIZE)
         self.lengths = lengths
-        self.query = random(len(lengths), heads, dim)
+        # Heads with others between them, as slices of a fused projection have.
+        self.query = random(len(lengths), heads + 3, dim)[:, :heads]
         layer = LayerShape(kv_heads, dim, v_dim or dim, dtype)
-        self.cache = KVCache.allocate([layer], num_blocks=int(counts.sum()) + 1, device="cuda")
+        self.cache = KVCache.allocate(
+            [layer], num_blocks=num_before + int(counts.sum()) + 1, device="cuda"
+        )
         self.tables = np.zeros((len(lengths), counts.max()), dtype=np.int64)
-        order = np.random.default_rng(0).permutation(int(counts.sum())) + 1
+        order = np.random.default_rng(0).permutation(int(counts.sum())) + num_before + 1
         for row, end in enumerate(np.cumsum(counts)):
             self.tables[row, : counts[row]] = order[end - counts[row] : end]
         self.cache.keys[0].fill_(torch.nan)
@@ -108,6 +124,36 @@ def test_tilings_find_the_same(ctas_per_sm, num_warps):
     given = {"visibility": Visibility(chunk=2500), "scoring": Scoring(0.1)}
     tiling = Tiling(ctas_per_sm, num_warps)
     assert relative_error(decodes.run(**given, tiling=tiling), decodes.expected(**given)) < 1e-2
+
+
+@pytest.mark.parametrize("length", [62, 63, 64, 65, 66, 127, 128, 129, 191, 192, 193])
+def test_borders_of_blocks(length):
+    decodes = Decodes([length, 1, length - 1])
+    for window in (0, 1, 63, 64, 65):
+        given = {"visibility": Visibility(window), "scoring": Scoring(0.1)}
+        assert relative_error(decodes.run(**given), decodes.expected(**given)) < 1e-2
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    drawn = random_attention(rng)
+    lengths = rng.choice([1, 2, 63, 64, 65, 128, *rng.integers(1, 3000, 6)], rng.integers(1, 40))
+    decodes = Decodes(lengths.tolist(), **drawn.sizes)
+    sinks = torch.randn(drawn.sizes["heads"], device="cuda") if drawn.has_sinks else None
+    given = {
+        "visibility": Visibility(*drawn.limits),
+        "scoring": Scoring(drawn.scale, drawn.softcap, sinks),
+    }
+    found = decodes.run(**given)
+    assert relative_error(found, decodes.expected(**given)) < 2 * TOLERANCE[found.dtype]
+
+
+def test_a_pool_of_more_than_two_to_the_31_values():
+    decodes = Decodes([700, 1, 64, 65], kv_heads=8, heads=16, num_before=FAR)
+    assert decodes.cache.keys[0].numel() > 2**31
+    given = {"visibility": Visibility(), "scoring": Scoring(0.1)}
+    assert relative_error(decodes.run(**given), decodes.expected(**given)) < 1e-2
 
 
 def test_a_hundred_thousand_tokens():

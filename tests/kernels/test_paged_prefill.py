@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_cases import Case, Step
+from attention_cases import Case, Step, random_attention
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.attention_state import StepLayout
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache, LayerShape
@@ -15,6 +15,8 @@ from nanoflow_compiler.scoring import Scoring
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FAR = 2**31 // (8 * 128 * BLOCK_SIZE)
+"""Blocks of 8 heads of 128 dimensions, whose pool has this many values."""
 REQUESTS = (
     [(0, 2)],
     [(0, 64), (64, 65), (63, 2), (1, 1), (128, 63)],
@@ -32,7 +34,18 @@ def relative_error(found, expected):
 class Prompts:
     """Rows of requests over scattered blocks; what no row sees is NaN, as is what is not written."""
 
-    def __init__(self, requests, *, heads=8, kv_heads=2, dim=128, v_dim=None, dtype=torch.bfloat16):
+    def __init__(
+        self,
+        requests,
+        *,
+        heads=8,
+        kv_heads=2,
+        dim=128,
+        v_dim=None,
+        dtype=torch.bfloat16,
+        num_before=0,
+    ):
+        """``num_before``: blocks of the pool in front of all that are used."""
         generator = torch.Generator("cuda").manual_seed(len(requests))
 
         def random(*shape):
@@ -44,9 +57,11 @@ class Prompts:
         # Rows and heads with others between them, as slices of a fused projection have.
         self.query = random(self.counts.sum(), heads + 3, dim)[:, :heads]
         layer = LayerShape(kv_heads, dim, v_dim or dim, dtype)
-        self.cache = KVCache.allocate([layer], num_blocks=int(num_blocks.sum()) + 1, device="cuda")
+        self.cache = KVCache.allocate(
+            [layer], num_blocks=num_before + int(num_blocks.sum()) + 1, device="cuda"
+        )
         self.tables = np.zeros((len(requests), num_blocks.max()), dtype=np.int64)
-        order = np.random.default_rng(0).permutation(int(num_blocks.sum())) + 1
+        order = np.random.default_rng(0).permutation(int(num_blocks.sum())) + num_before + 1
         for row, end in enumerate(np.cumsum(num_blocks)):
             self.tables[row, : num_blocks[row]] = order[end - num_blocks[row] : end]
         self.cache.keys[0].fill_(torch.nan)
@@ -73,15 +88,28 @@ class Prompts:
             requests, pages, num_heads=num_heads, visibility=visibility, tiling=tiling
         )
 
+    def plan_flash(self):
+        """The same by FlashInfer's kernel, whatever is faster."""
+        from nanoflow_compiler.kernels import flash_prefill
+
+        layout = StepLayout.pack(
+            query_lens=self.counts, context_lens=self.contexts, block_tables=self.tables
+        )
+        requests = Requests.of(layout.part(0, len(self.query), device="cuda"))
+        (pages,) = self.cache.tables
+        if flash_prefill.least_keys(pages, visibility=Visibility()) is None:
+            pytest.skip("FlashInfer's kernel is not there")
+        return flash_prefill.plan_flash_prompts(requests, pages, num_heads=self.query.shape[1])
+
     def empty(self):
         shape = (*self.query.shape[:2], self.cache.values[0].shape[-1])
         return self.query.new_full(shape, torch.nan)
 
     def attend(self, tiles, *, scoring, out):
-        from nanoflow_compiler.kernels.paged_prefill import attend_prompts
+        from nanoflow_compiler.kernels import prompts
 
         (pages,) = self.cache.tables
-        attend_prompts(self.query, pages, tiles=tiles, scoring=scoring, out=out)
+        prompts.attend(self.query, pages, tiles=tiles, scoring=scoring, out=out)
 
     def run(self, *, visibility, scoring, tiling=None):
         out = self.empty()
@@ -126,10 +154,68 @@ def test_lengths_and_heads(requests, heads, kv_heads, dtype):
     prompts.check(prompts.run(**PLAIN), **PLAIN, tolerance=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("requests", REQUESTS, ids=lambda drawn: f"{len(drawn)}x{drawn[0]}")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (8, 1), (96, 4)])
+def test_flashinfer_is_as_near(requests, heads, kv_heads):
+    """As our kernel to float64, the rows of others and of decodes left alone."""
+    prompts = Prompts(requests, heads=heads, kv_heads=kv_heads)
+    found = prompts.empty()
+    prompts.attend(prompts.plan_flash(), scoring=PLAIN["scoring"], out=found)
+    prompts.check(found, **PLAIN)
+    expected = prompts.expected(**PLAIN)
+    is_ours = ~expected.isnan()
+    ours = relative_error(prompts.run(**PLAIN)[is_ours], expected[is_ours])
+    assert relative_error(found[is_ours], expected[is_ours]) < 1.2 * ours
+
+
 @pytest.mark.parametrize("rows", range(1, 300, 13))
 def test_numbers_of_rows(rows):
     prompts = Prompts([(rows, rows), (0, rows + 1), (64, 2)])
     prompts.check(prompts.run(**PLAIN), **PLAIN)
+
+
+@pytest.mark.parametrize("rows", range(1, 300, 13))
+def test_numbers_of_rows_by_flashinfer(rows):
+    prompts = Prompts([(rows, rows), (0, rows + 1), (64, 2)])
+    found = prompts.empty()
+    prompts.attend(prompts.plan_flash(), scoring=PLAIN["scoring"], out=found)
+    prompts.check(found, **PLAIN)
+
+
+def test_a_graph_of_flashinfer_is_given_other_plans():
+    """With room for more, as in a captured step: at first for nothing, then for other requests."""
+    from nanoflow_compiler.kernels import flash_prefill
+
+    prompts = Prompts([(300, 200), (0, 70), (64, 1), (5, 130)])
+    prompts.plan_flash()  # or skip
+    (pages,) = prompts.cache.tables
+    num_heads = prompts.query.shape[1]
+    tiles = flash_prefill.flash_with_room(
+        pages, num_heads=num_heads, num_tokens=1000, num_prompts=9, num_pages=99
+    )
+    out = prompts.empty()
+    prompts.attend(tiles, scoring=PLAIN["scoring"], out=out)
+    assert out.isnan().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prompts.attend(tiles, scoring=PLAIN["scoring"], out=out)
+    expected = prompts.expected(**PLAIN)
+    for start, end in ((0, 4), (1, 3), (3, 4), (2, 3), (0, 4)):
+        first, last = _rows(prompts.counts, start)[0], _rows(prompts.counts, end - 1)[1]
+        layout = StepLayout.pack(
+            query_lens=prompts.counts, context_lens=prompts.contexts, block_tables=prompts.tables
+        )
+        requests = Requests.of(layout.part(first, last))
+        requests = replace(requests, starts=requests.starts + first)
+        for there, array in zip(tiles.tensors, tiles.arrays(requests), strict=True):
+            there[: len(array)].copy_(torch.from_numpy(array))
+        out.fill_(torch.nan)
+        graph.replay()
+        is_ours = ~expected.isnan()
+        is_ours[:first] = is_ours[last:] = False
+        assert torch.equal(is_ours, ~out.isnan())
+        if is_ours.any():
+            assert relative_error(out[is_ours], expected[is_ours]) < 1e-2
 
 
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (96, 96), (128, 64), (192, 128), (256, 256)])
@@ -164,6 +250,37 @@ def test_tilings_find_the_same(rows, num_warps, num_stages, ctas_per_sm, lags, h
     given = {"visibility": Visibility(chunk=2100), "scoring": Scoring(0.1)}
     tiling = PromptTiling(rows, num_warps, num_stages, ctas_per_sm, lags, holds_queries)
     prompts.check(prompts.run(**given, tiling=tiling), **given)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    drawn = random_attention(rng)
+    contexts = rng.choice([0, 0, 1, 63, 64, 65, *rng.integers(1, 2000, 4)], rng.integers(1, 12))
+    counts = rng.choice([1, 2, 3, 63, 64, 65, 128, *rng.integers(2, 400, 6)], len(contexts))
+    prompts = Prompts(
+        [*zip(contexts.tolist(), counts.tolist(), strict=True), (5, 2)], **drawn.sizes
+    )
+    sinks = torch.randn(drawn.sizes["heads"], device="cuda") if drawn.has_sinks else None
+    given = {
+        "visibility": Visibility(*drawn.limits),
+        "scoring": Scoring(drawn.scale, drawn.softcap, sinks),
+    }
+    prompts.check(prompts.run(**given), **given, tolerance=2 * TOLERANCE[drawn.sizes["dtype"]])
+
+
+@pytest.mark.parametrize("requests", [[(100_000, 40), (0, 65)], [(99_970, 2)], [(0, 4000)]])
+def test_long_contexts(requests):
+    prompts = Prompts(requests, heads=4, kv_heads=1)
+    for window in (0, 5000):
+        given = {"visibility": Visibility(window), "scoring": Scoring(0.1)}
+        prompts.check(prompts.run(**given), **given)
+
+
+def test_a_pool_of_more_than_two_to_the_31_values():
+    prompts = Prompts([(700, 40), (0, 65), (64, 2)], kv_heads=8, heads=16, num_before=FAR)
+    assert prompts.cache.keys[0].numel() > 2**31
+    prompts.check(prompts.run(**PLAIN), **PLAIN)
 
 
 def test_the_same_bits_every_time():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nanoflow_compiler.errors import NanoflowError
 from nanoflow_compiler.models import configuration, published
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}
@@ -66,6 +67,37 @@ def test_layers_can_be_cut():
     values = published.catalog_config("qwen3-8b") | {"layer_types": ["full_attention"] * 36}
     config = configuration.make_config(values, where="x", num_hidden_layers=2)
     assert (config.num_hidden_layers, len(config.layer_types)) == (2, 2)
+
+
+def make(values, **overrides):
+    return configuration.make_config(values, where="x", overrides=overrides)
+
+
+def test_overrides_replace_values():
+    values = published.catalog_config("qwen3-8b")
+    config = make(values, num_hidden_layers=2, hidden_size=512, rope_theta=5e4, head_dim=64)
+    assert (config.num_hidden_layers, config.layer_types) == (2, ["full_attention"] * 2)
+    assert (config.hidden_size, config.head_dim, config.vocab_size) == (512, 64, 151936)
+    assert config.rope_parameters["rope_theta"] == 5e4
+    assert make(values | {"layer_types": ["full_attention"] * 36}, num_hidden_layers=2).layer_types
+    # By the name of the architecture, and by that which all have.
+    assert make({"model_type": "gpt2"}, n_layer=3).num_hidden_layers == 3
+    assert make({"model_type": "gpt2"}, num_hidden_layers=3).n_layer == 3
+    assert values == published.catalog_config("qwen3-8b")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"num_hiden_layers": 2}, "has no setting 'num_hiden_layers' .did you mean 'num_hidden"),
+        ({"model_type": "qwen3"}, "cannot change model_type"),
+        ({"num_hidden_layers": 0}, "at least 1"),
+        ({"hidden_size": "wide"}, "bad configuration"),
+    ],
+)
+def test_overrides_that_cannot_be(overrides, words):
+    with pytest.raises(NanoflowError, match=words):
+        make(LLAMA, **overrides)
 
 
 def test_layers_must_be_positive(refuses):

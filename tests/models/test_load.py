@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from nanoflow_compiler.errors import ConfigError
+from nanoflow_compiler.errors import ConfigError, ModelLoadError
 from nanoflow_compiler.models import load_decoder
 
 
@@ -110,6 +110,22 @@ def test_dummy_from_a_directory_is_repeatable(llama_dir):
 def test_bad_settings(pristine, setting):
     with pytest.raises(ConfigError, match=r"must be|unknown|only with"):
         load_decoder(pristine, **setting)
+
+
+def test_overrides_of_a_checkpoint(llama_dir):
+    whole = load_decoder(llama_dir).model
+    cut = load_decoder(llama_dir, hf_overrides={"num_hidden_layers": 1}).model
+    assert len(cut.model.layers) == 1
+    assert torch.equal(cut.lm_head.weight, whole.lm_head.weight)
+    dummy = load_decoder(llama_dir, load_format="dummy", hf_overrides={"hidden_size": 64}).model
+    assert dummy.lm_head.weight.shape[1] == 64
+    with pytest.raises(ModelLoadError, match=r"cannot be loaded|none of its files"):
+        load_decoder(llama_dir, hf_overrides={"num_hidden_layers": 9})
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        load_decoder(llama_dir, hf_overrides={"intermediate_size": 7})
+    (llama_dir / "model.gguf").touch()
+    with pytest.raises(ConfigError, match="not a GGUF file"):
+        load_decoder(llama_dir / "model.gguf", hf_overrides={"num_hidden_layers": 1})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")

@@ -117,6 +117,8 @@ def test_flags_of_vllm_alone_are_refused_by_name(flag):
         (["--lora_modules", "x"], "--lora-modules is a flag of vLLM"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--port", "99999"], "port must be"),
+        (["--hf-overrides", "{"], "is no JSON object"),
+        (["--hf-overrides", "[2]"], "is no JSON object"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--tool-call-parser", "pythonic"], "tool_call_parser must be one of"),
     ],
@@ -139,6 +141,7 @@ max-engine-restarts: 2
 tokenizer: another
 load-format: dummy
 dummy-distribution: uniform
+hf-overrides: {num_hidden_layers: 2}
 """
 
 
@@ -165,6 +168,7 @@ def test_a_file_of_flags(serve, write):
     assert (engine.model, engine.tokenizer) == ("from-file", "another")
     assert (engine.dtype, engine.load_format) == ("float32", "dummy")
     assert (engine.device, engine.dummy_distribution) == ("cuda:1", "uniform")
+    assert engine.hf_overrides == {"num_hidden_layers": 2}
     assert config.engine.config.max_num_seqs == 5
     assert config.max_engine_restarts == 2
 
@@ -174,6 +178,10 @@ def test_flags_win_over_the_file(serve, write):
     assert (config.engine.model, config.engine.dtype) == ("m", "auto")
     assert serve("m", "--device", "cpu").engine.device == "cpu"
     assert serve("m").engine.device == "auto"
+    assert serve("m").engine.hf_overrides is None
+    overrides = '{"num_hidden_layers": 1, "rope_theta": 1e4}'
+    found = serve("m", "--config", write(CONFIG), "--hf_overrides", overrides).engine.hf_overrides
+    assert found == {"num_hidden_layers": 1, "rope_theta": 1e4}
     assert (config.server.port, config.server.api_keys) == (8, ("c",))
     assert serve("m", "--config", write("")).server == ServerSettings()
 
