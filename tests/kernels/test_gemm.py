@@ -97,7 +97,7 @@ def assert_as_good(found, eager, expected):
     assert found.dtype is eager.dtype
     assert found.shape == eager.shape
     eps = torch.finfo(found.dtype).eps
-    assert relative(found, expected) < 1.02 * relative(eager, expected) + 0.02 * eps
+    assert relative(found, expected) < 1.05 * relative(eager, expected) + 0.05 * eps
 
 
 def poison():
