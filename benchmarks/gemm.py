@@ -41,12 +41,12 @@ TILING = GemmTiling()
 TILINGS = (
     TILING,
     replace(TILING, group=8),
-    replace(TILING, num_stages=3),
+    replace(TILING, num_stages=3, store_columns=256),
     replace(TILING, flatten=False),
     replace(TILING, flatten=False, persistent=False),
     replace(TILING, depth=128, num_stages=2),
     replace(TILING, rows=256, columns=128, store_columns=64),
-    replace(TILING, rows=64, num_warps=4),
+    replace(TILING, rows=64, num_warps=4, group=32),
     replace(TILING, columns=128, num_stages=3, num_warps=4, store_columns=64, ctas_per_sm=2),
     replace(TILING, columns=128, depth=128, num_stages=3),
 )

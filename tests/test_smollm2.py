@@ -19,6 +19,7 @@ PROMPTS = [
     "A",
 ]
 CUT = ({"parts": 2}, {"max_num_batched_tokens": 24, "device": "cpu"})
+CUDA = {"device": "cuda", "max_num_seqs": 16}
 ON_GPU = [
     pytest.mark.gpu,
     # Inductor's advice on a reduction that it splits.
@@ -56,11 +57,9 @@ def expected(smollm2, prompt_ids):
     [
         pytest.param({}, {"device": "cpu"}, id="defaults"),
         pytest.param(*CUT, id="cut-and-chunked"),
-        pytest.param({}, {"device": "cuda"}, id="gpu", marks=ON_GPU),
-        pytest.param(CUT[0], CUT[1] | {"device": "cuda"}, id="gpu-cut-and-chunked", marks=ON_GPU),
-        pytest.param(
-            {}, {"device": "cuda", "enforce_eager": True}, id="gpu-eager", marks=pytest.mark.gpu
-        ),
+        pytest.param({}, CUDA, id="gpu", marks=ON_GPU),
+        pytest.param(CUT[0], CUT[1] | CUDA, id="gpu-cut-and-chunked", marks=ON_GPU),
+        pytest.param({}, CUDA | {"enforce_eager": True}, id="gpu-eager", marks=ON_GPU),
     ],
 )
 def test_llm_generates_what_transformers_does(smollm2, prompt_ids, expected, options, settings):

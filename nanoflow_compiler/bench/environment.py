@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["environment"]
 
-PACKAGES = ("nanoflow-compiler", "torch", "transformers", "numpy")
+PACKAGES = ("nanoflow-compiler", "torch", "triton", "flashinfer-python", "transformers", "numpy")
 SECRET = ("--api-key", "--header")
 
 
@@ -53,7 +53,9 @@ def _cpu_name() -> str:
 
 def _gpus() -> list[str]:
     """Asked of the driver's tool, since torch takes seconds to import."""
-    query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    # The limit of power, and the highest clock, decide what a card can sustain.
+    fields = "name,memory.total,driver_version,power.limit,clocks.max.sm"
+    query = [f"--query-gpu={fields}", "--format=csv,noheader"]
     return (_answer(["nvidia-smi", *query]) or "").splitlines()
 
 

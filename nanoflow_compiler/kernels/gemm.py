@@ -55,6 +55,7 @@ class GemmTiling:
     depth: int = 64
     num_stages: int = 4
     num_warps: int = 8
+    """One for each 16 rows: with more, those of the same rows cut the columns between them."""
     group: int = 16
     """Tiles of rows that go through all columns together: a weight is read once for each such group."""
     store_columns: int = 128
@@ -92,7 +93,7 @@ class GemmTiling:
         return min(self.store_columns, self.width(gated=gated))
 
     def shared_bytes(self, *, gated: bool = False, reads_residual: bool = False) -> int:
-        """What a thread block needs, at most."""
+        """What a thread block needs, at most, where no warps share rows."""
         stage = (self.rows + self.columns) * self.depth * _ITEM_BYTES
         piece = self.rows * self.stored(gated=gated) * _ITEM_BYTES
         return self.num_stages * stage + piece * (1 + reads_residual) + _BARRIER_BYTES

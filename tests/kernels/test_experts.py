@@ -142,7 +142,7 @@ def test_a_large_mixture(dtype):
     Mixture(tokens=700, hidden=2048, inner=3000, dtype=dtype).check()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_shapes(seed):
     rng = np.random.default_rng(seed)
     experts = int(rng.integers(1, 140))

@@ -97,7 +97,7 @@ def assert_as_good(found, eager, expected):
     assert found.dtype is eager.dtype
     assert found.shape == eager.shape
     eps = torch.finfo(found.dtype).eps
-    assert relative(found, expected) < 1.02 * relative(eager, expected) + 0.02 * eps
+    assert relative(found, expected) < 1.05 * relative(eager, expected) + 0.05 * eps
 
 
 def poison():
@@ -329,6 +329,8 @@ def test_shared_memory_is_what_is_said():
     for rows, columns, stages, stored in itertools.product(
         (64, 128), (128, 256), (3, 4, 5), (64, 128, 256)
     ):
-        tiling = GemmTiling(rows, columns, num_stages=stages, store_columns=stored)
+        tiling = GemmTiling(
+            rows, columns, num_stages=stages, num_warps=rows // 16, store_columns=stored
+        )
         if tiling.shared_bytes() <= SHARED_BYTES:
             multiply(layer.x, layer.weight, tiling=tiling)
