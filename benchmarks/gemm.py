@@ -50,10 +50,6 @@ TILINGS = (
     replace(TILING, columns=128, num_stages=3, num_warps=4, store_columns=64, ctas_per_sm=2),
     replace(TILING, columns=128, depth=128, num_stages=3),
 )
-SPECIALIZED = (
-    replace(TILING, num_warps=4, specialize=True),
-    replace(TILING, num_warps=4, num_stages=3, specialize=True),
-)
 READS = (
     replace(TILING, store_columns=64),
     replace(TILING, num_stages=3),
@@ -186,7 +182,7 @@ def ways(problem: Problem, num_sms: int | None) -> Iterator[Contender]:
     given = {"num_sms": num_sms}
     if problem.kind == "plain":
         yield Contender("cublas", lambda weight, out: torch.mm(problem.x, weight, out=out))
-        for tiling in fitting(*TILINGS, *SPECIALIZED):
+        for tiling in fitting(*TILINGS):
             yield plain(problem, tiling=tiling, **given)
     elif problem.kind == "residual":
         yield from residual_ways(problem, given)

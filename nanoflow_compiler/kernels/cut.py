@@ -73,7 +73,7 @@ def narrow(
             high = bound + 1
             step = bound * 0 + first_step()
         else:
-            part, is_open, _ = opening(
+            part, is_open, _is_counted = opening(
                 sums_ptr, bound, limit, peaks_ptr, num_chunks, peak, temperature, 1, CHUNKS
             )
             is_needed = is_open & (num_inside(part) > CANDIDATES)
@@ -127,7 +127,7 @@ def gather(
         peak = row_peak(peaks_ptr, num_chunks, CHUNKS)
         bound = farthest_depth(tl.load(least_ptr + row))
         sums_ptr += row * SIZE
-        part, is_open, _ = opening(
+        part, is_open, _is_counted = opening(
             sums_ptr, bound, limit, peaks_ptr, num_chunks, peak, temperature, 2, CHUNKS
         )
         low = part[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kernels.expert_math import KNOWN
-from nanoflow_compiler.kernels.gemm_math import finish, gate_and_up, store_rows, tile_at
+from nanoflow_compiler.kernels.gemm_math import finish, gate_and_up, tile_at
 from nanoflow_compiler.kernels.pages import num_sms as sms_of
 
 __all__ = [
@@ -66,8 +66,6 @@ class GemmTiling:
     """Where they are persistent."""
     flatten: bool = True
     """Read the next tile while the last is written."""
-    specialize: bool = False
-    """Four warps that only read, and eight that multiply: for plain products, with four warps."""
     pairs: bool = False
     """Gate and up as two products, never flattened (which would wait for each), instead of one."""
 
@@ -78,7 +76,6 @@ class GemmTiling:
             f"c{self.ctas_per_sm}": self.persistent and self.ctas_per_sm > 1,
             "each": not self.persistent,
             "nested": not self.flatten,
-            "specialized": self.specialize,
             "pairs": self.pairs,
         }
         words = [f"{size}g{self.group}e{self.store_columns}", *(m for m, on in marks.items() if on)]
@@ -148,9 +145,6 @@ def multiply(
     """
     tiling = tiling or GemmTiling()
     out = x.new_empty(len(x), weight.shape[1]) if out is None else out
-    is_fused = bias is not None or residual is not None
-    assert not (tiling.specialize and is_fused), "a specialized tiling is for plain products"
-    assert not (tiling.specialize and not out.is_contiguous())
     is_in_place = residual is not None and _is_same(residual, out)
     block = [tiling.rows, tiling.stored(gated=False)]
     _launch(
@@ -185,7 +179,6 @@ def multiply_gated(
     With a ``block``, for what :func:`interleave` made with it; this has to divide half of a tile's columns.
     """
     tiling = tiling or GemmTiling()
-    assert not tiling.specialize, "a specialized tiling is for plain products"
     num_columns, width = weight.shape[1] // 2, tiling.width(gated=True)
     assert block is None or (width % block == 0 and num_columns % block == 0)
     out = x.new_empty(len(x), num_columns) if out is None else out
@@ -254,7 +247,6 @@ def _launch(
         _described(x, [tiling.rows, tiling.depth]),
         weight,
         out=_described(out, [tiling.rows, stored]),
-        out_ptr=out if tiling.specialize else None,
         num_rows=num_rows,
         num_columns=num_columns,
         depth=depth,
@@ -263,8 +255,7 @@ def _launch(
         DEPTH=tiling.depth,
         GROUP=tiling.group,
         PIECES=width // stored,
-        FLATTEN=tiling.flatten and not (tiling.specialize or given["GATE"] == "pair"),
-        SPECIALIZE=tiling.specialize,
+        FLATTEN=tiling.flatten and given["GATE"] != "pair",
         num_stages=tiling.num_stages,
         num_warps=tiling.num_warps,
         **given,
@@ -278,7 +269,6 @@ def _multiply(
     bias_ptr,
     residual,
     out,
-    out_ptr,
     num_rows,
     num_columns,
     depth,
@@ -288,7 +278,6 @@ def _multiply(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -300,15 +289,13 @@ def _multiply(
     num_column_tiles = tl.cdiv(num_columns, width)
     num_steps = tl.cdiv(depth, DEPTH)
     num_columns = tl.multiple_of(num_columns, _ALIGNED)
-    if not SPECIALIZE:
-        # Without it a flattened loop is compiled twice, once for tiles of no depth.
-        tl.assume(num_steps > 0)
+    # Without it a flattened loop is compiled twice, once for tiles of no depth.
+    tl.assume(num_steps > 0)
     for place in tl.range(
         tl.program_id(0),
         num_row_tiles * num_column_tiles,
         tl.num_programs(0),
         flatten=FLATTEN,
-        warp_specialize=SPECIALIZE,
     ):
         row_tile, column_tile = tile_at(place, num_row_tiles, num_column_tiles, GROUP)
         row = row_tile * ROWS
@@ -336,20 +323,17 @@ def _multiply(
                 up_sums = both
             else:
                 sums, up_sums = gate_and_up(both, BLOCK)
-        if SPECIALIZE:
-            store_rows(out_ptr, sums, row, column, num_rows, num_columns)
-        else:
-            finish(
-                out,
-                residual,
-                bias_ptr,
-                sums,
-                up_sums,
-                row,
-                column,
-                num_columns,
-                PIECES,
-                ACTIVATION,
-                HAS_BIAS,
-                RESIDUAL,
-            )
+        finish(
+            out,
+            residual,
+            bias_ptr,
+            sums,
+            up_sums,
+            row,
+            column,
+            num_columns,
+            PIECES,
+            ACTIVATION,
+            HAS_BIAS,
+            RESIDUAL,
+        )

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from nanoflow_compiler.kernels.expert_math import activated
 
-__all__ = ["finish", "gate_and_up", "store_rows", "tile_at"]
+__all__ = ["finish", "gate_and_up", "tile_at"]
 
 
 @triton.jit
@@ -88,15 +88,3 @@ def finish(
             out.atomic_add(place, result)
         else:
             out.store(place, result)
-
-
-@triton.jit
-def store_rows(out_ptr, sums, row, column, num_rows, num_columns):
-    """Without the copy engine."""
-    rows = row + tl.arange(0, sums.shape[0])
-    columns = column + tl.arange(0, sums.shape[1])
-    tl.store(
-        out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :],
-        sums.to(out_ptr.dtype.element_ty),
-        mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :],
-    )
