@@ -88,19 +88,14 @@ def _visible(module: nn.Module) -> list[tuple[int, int]]:
 
 def _is_equal(first: Any, second: Any) -> bool:
     """Whether nothing can be told from one that cannot from the other, as far as that is sure."""
-    if first is second:
-        return True
-    if type(first) is not type(second):
-        return False
-    if isinstance(first, _PLAIN):
-        return bool(first == second)
+    if first is second or type(first) is not type(second):
+        return first is second
     if isinstance(first, Mapping):
         return _is_equal([*first.items()], [*second.items()])
-    if isinstance(first, set | frozenset):
-        return first == second and all(isinstance(item, _PLAIN) for item in first)
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(_is_equal, first, second))
-    return False
+    items = first if isinstance(first, set | frozenset) else (first,)
+    return all(isinstance(item, _PLAIN) for item in items) and bool(first == second)
 
 
 def attention_numbers(first: nn.Module, second: nn.Module) -> dict[int, int]:

@@ -10,6 +10,7 @@ from nanoflow_compiler.backends.toolchain import prepare_toolchain
 from nanoflow_compiler.capture import NUM_GIVEN, capture_step, step_arguments, weights_of
 from nanoflow_compiler.compiler import device_of, stepper_for
 from nanoflow_compiler.config import CompileConfig
+from nanoflow_compiler.kernel_warmup import KernelWarmup
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CompiledGraph, compile_graph
 from nanoflow_compiler.step_cache import load_step, save_step, step_folder
@@ -60,10 +61,24 @@ def compile_packed(packed: PackedDecoder, config: CompileConfig, *, keep: bool) 
     folder = step_folder(packed, config) if keep and config.cache and not config.dump else None
     compiled = load_step(folder) if folder else None
     if compiled is None:
-        compiled = _compile(packed, config)
+        compiled = _compile_beside_kernels(packed, config)
         if folder:
             save_step(folder, compiled)
     return PackedStep(compiled, weights_of(packed))
+
+
+def _compile_beside_kernels(packed: PackedDecoder, config: CompileConfig) -> CompiledGraph:
+    """Our kernels, which a step kept by an earlier process has in Triton's cache, are compiled meanwhile."""
+    warmup = KernelWarmup.start(packed)
+    if warmup is None:
+        return _compile(packed, config)
+    try:
+        compiled = _compile(packed, config)
+    except BaseException:
+        warmup.close()
+        raise
+    warmup.wait()
+    return compiled
 
 
 def _compile(packed: PackedDecoder, config: CompileConfig) -> CompiledGraph:
