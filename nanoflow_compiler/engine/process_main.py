@@ -44,7 +44,10 @@ def main(descriptor: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     lifeline = Lifeline(socket.socket(fileno=descriptor))
-    launch: Launch = lifeline.receive()
+    try:
+        launch: Launch = lifeline.receive()
+    except EOFError:  # whoever started it thought better of it
+        sys.exit(1)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     logging.basicConfig(
         level=launch.log_level, format="%(asctime)s engine: %(message)s", stream=sys.stderr
