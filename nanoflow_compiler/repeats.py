@@ -53,7 +53,7 @@ class LayerRepeats:
         """In here, calls of the model's layers are repeated where they can be."""
         layers = [layer for layer in _layers(model) if "forward" not in vars(layer)]
         for layer in layers:
-            layer.forward = partial(self._call, layer, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(self._call, layer, layer.forward)
         try:
             yield
         finally:

@@ -21,15 +21,19 @@ from nanoflow_compiler.bench.progress import progress
 from nanoflow_compiler.bench.startup_settings import StartupSettings
 from nanoflow_compiler.errors import NanoflowError
 
-__all__ = ["STAGES", "measure_startup", "print_startup"]
+__all__ = ["PARTS", "STAGES", "measure_startup", "print_startup"]
 
 CACHES = {
     "NANOFLOW_CACHE": "nanoflow",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
 }
-STAGES = ("python", "import", "load", "compile", "first_answer")
-"""Until the program runs; torch and this package; the model; its step and the KV cache; one token."""
+STAGES = ("python", "import", "load", "compile", "capture", "first_answer")
+"""Until the program runs; torch and this package; the model; its step and the KV cache; CUDA graphs of
+it, on a GPU; one token."""
+PARTS = ("import", "cache", "trace", "passes", "clusters", "kernels", "bind")
+"""Of ``compile``: the compiler itself; a kept step, read or written; the model's operations; what is done
+to them; Inductor; what our kernels take longer than that; merged weights. A warm start needs few of them."""
 
 
 def measure_startup(
@@ -61,13 +65,16 @@ def print_startup(found: Mapping[str, Any]) -> None:
     table = Table("stage", *(f"{state} (s)" for state in states))
     for stage in STAGES:
         table.add_row(stage, *(f"{found[f'{state}_stages'][stage]:.2f}" for state in states))
+        for part in PARTS if stage == "compile" else ():
+            seconds = (found[f"{state}_parts"].get(part, 0.0) for state in states)
+            table.add_row(f"  {part}", *(f"{each:.2f}" for each in seconds))
     table.add_row("total", *(f"{found[f'avg_{state}_startup_time']:.2f}" for state in states))
     Console().print(table)
 
 
 def _starts(
     settings: StartupSettings, given: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for _ in range(settings.num_iters_cold - 1):
         with tempfile.TemporaryDirectory() as folder:
             yield "cold", _start(given, folder)
@@ -77,8 +84,8 @@ def _starts(
             yield "warm", _start(given, folder)
 
 
-def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
-    """Seconds of one start by stage."""
+def _start(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Seconds of one start by stage, and the parts of its ``compile``."""
     caches = [f"{name}={folder}/{place}" for name, place in CACHES.items()]
     child = [sys.executable, "-m", "nanoflow_compiler.bench.startup_child", json.dumps(given)]
     began = time.time()
@@ -86,10 +93,10 @@ def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise NanoflowError(f"a process that started the engine failed: {last}")
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    python = answer.pop("began") - began
-    answer["compile"] += answer.pop("capture", 0.0)
-    return {"python": python, **answer, "total": python + sum(answer.values())}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    python, parts = answer.pop("began") - began, answer.pop("parts")
+    seconds = {"python": python, "capture": 0.0, **answer}
+    return {**seconds, "total": sum(seconds.values()), "parts": parts}
 
 
 def _summary(state: str, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -101,5 +108,9 @@ def _summary(state: str, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"{state}_startup_times": times,
         f"{state}_stages": {
             stage: statistics.mean(start[stage] for start in starts) for stage in STAGES
+        },
+        f"{state}_parts": {
+            part: statistics.mean(start["parts"].get(part, 0.0) for start in starts)
+            for part in PARTS
         },
     }
