@@ -25,6 +25,7 @@ from nanoflow_compiler.graphs import call_nodes
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.naming import name_placeholders
 from nanoflow_compiler.pipeline import CapturedGraph
+from nanoflow_compiler.repeats import LayerRepeats
 
 __all__ = ["NUM_GIVEN", "PLANNED_TOKENS", "capture_step", "step_arguments", "weights_of"]
 
@@ -94,7 +95,11 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 def _trace(packed: PackedDecoder, weights: dict[str, Tensor], *, tokens: int) -> _Traced:
     """Functional; what decides that is the plain trace, which most decoders get by with."""
-    traced = _trace_once(packed, weights, tokens=tokens, functional=False)
+    repeats = LayerRepeats()
+    with repeats.of(packed):
+        traced = _trace_once(packed, weights, tokens=tokens, functional=False)
+    if not repeats.is_sound:
+        traced = _trace_once(packed, weights, tokens=tokens, functional=False)
     if any(map(_is_write, call_nodes(traced.module))):
         traced = _trace_once(packed, weights, tokens=tokens, functional=True)
     return traced

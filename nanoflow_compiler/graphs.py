@@ -14,6 +14,7 @@ __all__ = [
     "call_nodes",
     "dtype_name",
     "fake_call",
+    "form_of",
     "has_effect",
     "input_tensors",
     "insert_call",
@@ -133,12 +134,50 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fake_call(target: Any, args: Iterable[Any], kwargs: dict[str, Any], *, like: Any = None) -> Any:
+def form_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a trace can see of a tensor."""
+    sizes, strides = (tuple(map(size_expr, of)) for of in (tensor.shape, tensor.stride()))
+    offset = size_expr(tensor.storage_offset())
+    return (sizes, strides, offset, tensor.dtype, tensor.device, type(tensor))
+
+
+def fake_call(
+    target: Any,
+    args: Iterable[Any],
+    kwargs: dict[str, Any],
+    *,
+    like: Any = None,
+    known: dict[Any, Any] | None = None,
+) -> Any:
     """What ``target`` returns for the fake values of its arguments.
 
-    ``like`` is a value of the same trace, for a call that no tensor goes into.
+    ``like`` is a value of the same trace, for a call that no tensor goes into. ``known`` are answers to
+    calls of the same trace, by what they could see: layers ask the same again and again.
     """
     values = map_nodes((tuple(args), dict(kwargs)), lambda node: node.meta["val"])
+    if known is None:
+        return _run_fake(target, values, like=like)
+    key = (target, _visible(values))
+    if key not in known:
+        known[key] = _run_fake(target, values, like=like)
+    return known[key]
+
+
+def _visible(value: Any) -> Any:
+    """Equal for arguments that a call with fake values cannot tell from each other."""
+    if isinstance(value, torch.Tensor):
+        return form_of(value)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return type(value), value.node.expr
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_visible, value))
+    if isinstance(value, dict):
+        return tuple((name, _visible(item)) for name, item in value.items())
+    # A number by its name: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    return type(value), repr(value) if isinstance(value, float) else value
+
+
+def _run_fake(target: Any, values: Any, *, like: Any) -> Any:
     modes = (t.fake_mode for t in _tensors((values, like)) if hasattr(t, "fake_mode"))
     mode = next(modes, nullcontext())
     # Without the dispatcher some operations do not take sizes that are symbols.
@@ -151,10 +190,20 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def insert_call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
-    """A new call at the insertion point, with its fake value; ``like`` gives the origin."""
+def insert_call(
+    graph: fx.Graph,
+    target: Any,
+    *args: Any,
+    like: fx.Node,
+    known: dict[Any, Any] | None = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """A new call at the insertion point, with its fake value; ``like`` gives the origin.
+
+    ``known``: see :func:`fake_call`.
+    """
     node = graph.call_function(target, args, kwargs)
     keep = ("stack_trace", "nn_module_stack")
     node.meta.update({key: like.meta[key] for key in keep if key in like.meta})
-    node.meta["val"] = fake_call(target, args, kwargs, like=like.meta.get("val"))
+    node.meta["val"] = fake_call(target, args, kwargs, like=like.meta.get("val"), known=known)
     return node

@@ -10,8 +10,10 @@ from nanoflow_compiler.backends.toolchain import prepare_toolchain
 from nanoflow_compiler.capture import NUM_GIVEN, capture_step, step_arguments, weights_of
 from nanoflow_compiler.compiler import device_of, stepper_for
 from nanoflow_compiler.config import CompileConfig
+from nanoflow_compiler.kernel_warmup import KernelWarmup
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CompiledGraph, compile_graph
+from nanoflow_compiler.stages import Stages
 from nanoflow_compiler.step_cache import load_step, save_step, step_folder
 
 __all__ = ["PackedStep", "compile_packed"]
@@ -20,10 +22,15 @@ __all__ = ["PackedStep", "compile_packed"]
 class PackedStep:
     """``(input_ids [T], positions [T], rows [R], cuts) -> logits [R, V]``, in the dtype of the model."""
 
-    def __init__(self, compiled: CompiledGraph, weights: Sequence[Tensor]) -> None:
+    def __init__(
+        self, compiled: CompiledGraph, weights: Sequence[Tensor], *, stages: Stages | None = None
+    ) -> None:
         self.compiled = compiled
+        self.seconds = Stages() if stages is None else stages
+        """What took how long to come here."""
         # Here, once, since weights cannot be merged in inference mode.
-        compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
+        with self.seconds.stage("bind"):
+            compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
         # The rest is merged and packed, so that the originals may go with the model.
         live = {position for _, position in compiled.binder.layout.live}
         self._live = [w if at in live else None for at, w in enumerate(weights, NUM_GIVEN)]
@@ -58,19 +65,42 @@ def compile_packed(packed: PackedDecoder, config: CompileConfig, *, keep: bool) 
     by an earlier process is the same one; options ``cache`` and ``dump`` may still forbid it.
     """
     folder = step_folder(packed, config) if keep and config.cache and not config.dump else None
-    compiled = load_step(folder) if folder else None
+    stages = Stages()
+    with stages.stage("cache"):
+        compiled = load_step(folder) if folder else None
     if compiled is None:
-        compiled = _compile(packed, config)
+        compiled = _compile_beside_kernels(packed, config, stages=stages)
         if folder:
-            save_step(folder, compiled)
-    return PackedStep(compiled, weights_of(packed))
+            with stages.stage("cache"):
+                save_step(folder, compiled)
+    return PackedStep(compiled, weights_of(packed), stages=stages)
 
 
-def _compile(packed: PackedDecoder, config: CompileConfig) -> CompiledGraph:
+def _compile_beside_kernels(
+    packed: PackedDecoder, config: CompileConfig, *, stages: Stages
+) -> CompiledGraph:
+    """Our kernels, which a step kept by an earlier process has in Triton's cache, are compiled meanwhile."""
+    warmup = KernelWarmup.start(packed)
+    if warmup is None:
+        return _compile(packed, config, stages=stages)
+    try:
+        compiled = _compile(packed, config, stages=stages)
+    except BaseException:
+        warmup.close()
+        raise
+    with stages.stage("kernels"):
+        warmup.wait()
+    return compiled
+
+
+def _compile(packed: PackedDecoder, config: CompileConfig, *, stages: Stages) -> CompiledGraph:
     if packed.device.type == "cpu" and config.clusters == "inductor":
         prepare_toolchain()
     step = stepper_for(config)
-    captured = capture_step(packed)
+    with stages.stage("trace"):
+        captured = capture_step(packed)
     device = device_of(config, weights_of(packed))
-    with torch.no_grad():
-        return compile_graph(captured, config=config, device=device, step=step)
+    with torch.no_grad(), stages.stage("clusters"):
+        compiled = compile_graph(captured, config=config, device=device, step=step)
+    stages.move(sum(time.seconds for time in step.times), of="clusters", to="passes")
+    return compiled

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.engine.async_engine import AsyncEngine
+from nanoflow_compiler.engine.engine_process import EngineProcess
 from nanoflow_compiler.engine.process import ProcessLink, Ready
 from nanoflow_compiler.engine.spec import EngineSpec
 from nanoflow_compiler.server.run import bind, serve
@@ -31,10 +32,13 @@ class ServeConfig:
     """How often an engine that died is started again; its requests are lost."""
 
 
-def serve_model(config: ServeConfig) -> None:
-    """Returns after SIGTERM or SIGINT; an address that cannot be had costs no time."""
+def serve_model(config: ServeConfig, *, early: EngineProcess | None = None) -> None:
+    """Returns after SIGTERM or SIGINT; an address that cannot be had costs no time.
+
+    ``early`` is the engine's process, where it was started before.
+    """
     with bind(config.server) as bound:
-        link = ProcessLink(config.engine)
+        link = ProcessLink(config.engine, early=early)
         _print_config(config, link.ready)
         asyncio.run(_serve(link, config, bound))
 

@@ -13,6 +13,7 @@ was not and why. Belongs after ``normalize`` and before ``axis``.
 import operator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,12 @@ def fuse(
     """Merge linears (if ``merge``), then label patterns; see the module's contract."""
     fusions: list[Fusion] = []
     misses: list[str] = []
+    known: dict[Any, Any] = {}
     for group in _groups(module, weights) if merge else ():
         if reason := _obstacle(group):
             misses.append(f"{', '.join(item.node.name for item in group)}: {reason}")
         else:
-            fusions.append(_merge(group))
+            fusions.append(_merge(group, known))
     module.graph.eliminate_dead_code()
     module.graph.lint()
     fusions += [Fusion(kind, names, names[-1]) for kind, names in recognise(module)]
@@ -113,29 +115,31 @@ def _obstacle(group: list[_Linear]) -> str:
     return ""
 
 
-def _merge(group: list[_Linear]) -> Fusion:
+def _merge(group: list[_Linear], known: dict[Any, Any]) -> Fusion:
+    """``known`` are answers of fake calls."""
     first = group[0].node
     graph = first.graph
+    insert = partial(insert_call, graph, known=known)
     widths = [item.weight.meta["val"].shape[0] for item in group]
     with graph.inserting_before(first):
-        weight = insert_call(graph, merge_rows, [item.weight for item in group], like=first)
-        transposed = insert_call(graph, aten.t.default, weight, like=first)
+        weight = insert(merge_rows, [item.weight for item in group], like=first)
+        transposed = insert(aten.t.default, weight, like=first)
         if group[0].bias is None:
-            product = insert_call(graph, aten.mm.default, group[0].source, transposed, like=first)
+            product = insert(aten.mm.default, group[0].source, transposed, like=first)
         else:
             biases = [item.bias for item in group]
-            bias = insert_call(graph, merge_rows, biases, like=first)
+            bias = insert(merge_rows, biases, like=first)
             operands = (bias, group[0].source, transposed)
-            product = insert_call(graph, aten.addmm.default, *operands, like=first)
-        pieces = insert_call(graph, aten.split_with_sizes.default, product, widths, 1, like=first)
+            product = insert(aten.addmm.default, *operands, like=first)
+        pieces = insert(aten.split_with_sizes.default, product, widths, 1, like=first)
         for index, item in enumerate(group):
-            piece = insert_call(graph, operator.getitem, pieces, index, like=item.node)
+            piece = insert(operator.getitem, pieces, index, like=item.node)
             item.node.replace_all_uses_with(piece)
-            _refresh_users(piece)
+            _refresh_users(piece, known)
     return Fusion("gemm", tuple(item.node.name for item in group), product.name)
 
 
-def _refresh_users(changed: fx.Node) -> None:
+def _refresh_users(changed: fx.Node, known: dict[Any, Any]) -> None:
     """Recompute the fake values that depend on the strides of ``changed``, and no others."""
     pending = list(changed.users)
     while pending:
@@ -143,7 +147,7 @@ def _refresh_users(changed: fx.Node) -> None:
         if node.op != "call_function":
             continue
         before = _layout(node)
-        node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        node.meta["val"] = fake_call(node.target, node.args, node.kwargs, known=known)
         if _layout(node) != before:
             pending.extend(node.users)
 

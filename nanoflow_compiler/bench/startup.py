@@ -22,13 +22,16 @@ from nanoflow_compiler.bench.startup_server import start_server
 from nanoflow_compiler.bench.startup_settings import StartupSettings
 from nanoflow_compiler.errors import NanoflowError
 
-__all__ = ["measure_startup", "print_startup"]
+__all__ = ["PARTS", "measure_startup", "print_startup"]
 
 CACHES = {
     "NANOFLOW_CACHE": "nanoflow",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
 }
+PARTS = ("import", "cache", "trace", "passes", "clusters", "kernels", "bind")
+"""Of ``compile``: the compiler itself; a kept step, read or written; the model's operations; what is done
+to them; Inductor; what our kernels take longer than that; merged weights. A warm start needs few of them."""
 
 
 def measure_startup(
@@ -60,13 +63,16 @@ def print_startup(found: Mapping[str, Any]) -> None:
     table = Table("stage", *(f"{state} (s)" for state in states))
     for stage in found[f"{states[0]}_stages"]:
         table.add_row(stage, *(f"{found[f'{state}_stages'][stage]:.2f}" for state in states))
+        for part in PARTS if stage == "compile" else ():
+            seconds = (found[f"{state}_parts"].get(part, 0.0) for state in states)
+            table.add_row(f"  {part}", *(f"{each:.2f}" for each in seconds))
     table.add_row("total", *(f"{found[f'avg_{state}_startup_time']:.2f}" for state in states))
     Console().print(table)
 
 
 def _starts(
     settings: StartupSettings, given: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     start = _start_server if settings.server else _start
     for _ in range(settings.num_iters_cold - 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +83,7 @@ def _starts(
             yield "warm", start(given, folder)
 
 
-def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
+def _start(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Seconds of one start by stage: until the program runs (``python``), ..., and of one token."""
     caches = _caches(folder)
     child = [sys.executable, "-m", "nanoflow_compiler.bench.startup_child", json.dumps(given)]
@@ -86,15 +92,15 @@ def _start(given: Mapping[str, Any], folder: str) -> dict[str, float]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise NanoflowError(f"a process that started the engine failed: {last}")
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    python = answer.pop("began") - began
-    answer["compile"] += answer.pop("capture", 0.0)
-    return {"python": python, **answer, "total": python + sum(answer.values())}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    python, parts = answer.pop("began") - began, answer.pop("parts")
+    seconds = {"python": python, "capture": 0.0, **answer}
+    return {**seconds, "total": sum(seconds.values()), "parts": parts}
 
 
-def _start_server(given: Mapping[str, Any], folder: str) -> dict[str, float]:
+def _start_server(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
     stages = start_server(given, environment=_caches(folder))
-    return {**stages, "total": sum(stages.values())}
+    return {**stages, "total": sum(stages.values()), "parts": {}}
 
 
 def _caches(folder: str) -> list[str]:
@@ -111,6 +117,10 @@ def _summary(state: str, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"{state}_stages": {
             stage: statistics.mean(start[stage] for start in starts)
             for stage in starts[0]
-            if stage not in ("caches", "total")
+            if stage not in ("caches", "total", "parts")
+        },
+        f"{state}_parts": {
+            part: statistics.mean(start["parts"].get(part, 0.0) for start in starts)
+            for part in PARTS
         },
     }

@@ -15,8 +15,8 @@ def start(
     enforce_eager: bool,
     options: dict[str, object],
     **given: Any,
-) -> dict[str, float]:
-    """Seconds by stage; ``given`` are fields of :class:`Loading` and of :class:`EngineConfig`."""
+) -> dict[str, Any]:
+    """Seconds by stage, and of ``compile`` by what it did; ``given`` are fields of :class:`Loading` and of :class:`EngineConfig`."""
     began = time.perf_counter()
     from nanoflow_compiler.engine.engine_config import EngineConfig
     from nanoflow_compiler.engine.messages import EngineRequest
@@ -43,7 +43,12 @@ def start(
         built.core.step()
     answered = time.perf_counter()
     built.core.close()
-    return {"import": imported - began, **built.seconds, "first_answer": answered - ready}
+    return {
+        "import": imported - began,
+        **built.seconds,
+        "first_answer": answered - ready,
+        "parts": dict(built.compile_seconds),
+    }
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.models.progress import progress_bar
 from nanoflow_compiler.models.verify import verify_packed
+from nanoflow_compiler.stages import Stages
 
 __all__ = ["Assembled", "assemble"]
 
@@ -38,6 +40,8 @@ class Assembled:
 
     core: EngineCore
     memory: MemoryBudget
+    compile_seconds: Mapping[str, float]
+    """Of what was compiled, by stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class _ReadyStep:
     packed: PackedDecoder
     weights_bytes: int
     memory: StepMemory
+    seconds: Mapping[str, float]
 
 
 def assemble(
@@ -76,7 +81,7 @@ def assemble(
         with explain_out_of_memory("while steps were captured as CUDA graphs"):
             _capture(core.runner, sizes)
     _log(memory, cache)
-    return Assembled(core=core, memory=memory)
+    return Assembled(core=core, memory=memory, compile_seconds=ready.seconds)
 
 
 def _make_ready(
@@ -87,22 +92,27 @@ def _make_ready(
     weights_bytes = sum(weight.nbytes for weight in served.model.parameters())
     is_captured = compile_config is not None and packed.device.type == "cuda"
     memory = StepMemory.estimate(served.model, sizes, is_captured=is_captured)
-    step = _make_step(packed, compile_config=compile_config, keep=served.loaded)
+    step, seconds = _make_step(packed, compile_config=compile_config, keep=served.loaded)
     if served.loaded and compile_config is not None:
         _release_weights(packed, served.model)
-    return _ReadyStep(step=step, packed=packed, weights_bytes=weights_bytes, memory=memory)
+    return _ReadyStep(
+        step=step, packed=packed, weights_bytes=weights_bytes, memory=memory, seconds=seconds
+    )
 
 
 def _make_step(
     packed: PackedDecoder, *, compile_config: CompileConfig | None, keep: bool
-) -> StepFn:
+) -> tuple[StepFn, Mapping[str, float]]:
+    """And the seconds that it took, by stage."""
     if compile_config is None:
-        return EagerStep(packed)
+        return EagerStep(packed), {}
+    stages = Stages()
     # Imported here, because an eager engine needs no compiler.
-    from nanoflow_compiler.packed import compile_packed
+    with stages.stage("import"):
+        from nanoflow_compiler.packed import compile_packed
 
-    step: StepFn = compile_packed(packed, compile_config, keep=keep)
-    return step
+    step = compile_packed(packed, compile_config, keep=keep)
+    return step, stages | step.seconds
 
 
 def _release_weights(*models: nn.Module) -> None:

@@ -10,7 +10,6 @@ import logging
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from nanoflow_compiler import errors
-from nanoflow_compiler.engine.lifeline import make_pair
+from nanoflow_compiler.engine.engine_process import EngineProcess
 from nanoflow_compiler.engine.limits import RequestLimits
 from nanoflow_compiler.engine.link import OnEvent
 from nanoflow_compiler.engine.messages import Command, Event
@@ -73,13 +72,13 @@ class Failed:
 class ProcessLink:
     """Starts the engine's process on construction, and waits until the model is ready.
 
-    Raises what made the engine impossible, :class:`EngineDeadError` if its process went away.
+    ``early`` is one that was started before. Raises what made the engine impossible, :class:`EngineDeadError` if its process went away.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, *, early: EngineProcess | None = None) -> None:
         self.spec = spec
         self._on_event: OnEvent | None = None
-        self._start()
+        self._start(early)
 
     @property
     def limits(self) -> RequestLimits:
@@ -87,14 +86,14 @@ class ProcessLink:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._engine.process.pid
 
     async def open(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         # Belongs to this event loop, which may not have been there when the process started.
         self._incoming = zmq.asyncio.Socket.shadow(self._events)
         self._receiver = asyncio.create_task(self._receive())
-        asyncio.get_running_loop().add_reader(self._lifeline.fileno(), self._on_gone)
+        asyncio.get_running_loop().add_reader(self._engine.lifeline.fileno(), self._on_gone)
 
     def send(self, command: Command) -> None:
         self._commands.send(encode(command), zmq.DONTWAIT)
@@ -103,7 +102,7 @@ class ProcessLink:
         self._detach()
         self.send(Command(close=True))
         try:
-            await asyncio.to_thread(self._process.wait, CLOSE_TIMEOUT_S)
+            await asyncio.to_thread(self._engine.process.wait, CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             _LOG.warning("the engine did not end in %g s and is killed", CLOSE_TIMEOUT_S)
         self.kill()
@@ -116,10 +115,7 @@ class ProcessLink:
 
     def kill(self) -> None:
         """End the process now, and let go of what led to it."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._lifeline.close()
+        self._engine.kill()
         self._sockets.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -127,7 +123,7 @@ class ProcessLink:
         self.kill()
         self._start()
 
-    def _start(self) -> None:
+    def _start(self, early: EngineProcess | None = None) -> None:
         # A folder that only this user may enter: whoever reaches the sockets may run anything.
         self._folder = tempfile.mkdtemp(prefix="nanoflow-")
         self._sockets = zmq.Context()
@@ -136,19 +132,7 @@ class ProcessLink:
         self._commands.connect(f"ipc://{self._folder}/{COMMANDS}")
         self._events = self._socket(zmq.PULL)
         self._events.bind(f"ipc://{self._folder}/{EVENTS}")
-        self._lifeline, there = make_pair()
-        with there:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "nanoflow_compiler.engine.process_main",
-                    str(there.fileno()),
-                ],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
-            )
+        self._engine = early or EngineProcess.start()
         try:
             self.ready = self._handshake()
         except BaseException:
@@ -164,8 +148,8 @@ class ProcessLink:
         level = logging.getLogger().getEffectiveLevel()
         try:
             launch = Launch(spec=self.spec, address=f"ipc://{self._folder}", log_level=level)
-            self._lifeline.send(launch)
-            answer = self._lifeline.receive()
+            self._engine.lifeline.send(launch)
+            answer = self._engine.lifeline.receive()
         except (EOFError, BrokenPipeError) as error:
             raise EngineDeadError(f"{self._why_gone()} while it started") from error
         if isinstance(answer, Failed):
@@ -179,7 +163,7 @@ class ProcessLink:
             self._on_event(decode_event(await self._incoming.recv()))
 
     def _detach(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._lifeline.fileno())
+        asyncio.get_running_loop().remove_reader(self._engine.lifeline.fileno())
         self._receiver.cancel()
         self._incoming.close(linger=0)
 
@@ -193,7 +177,7 @@ class ProcessLink:
         self._on_event(Event(error=self._why_gone()))
 
     def _why_gone(self) -> str:
-        code = self._process.wait()
+        code = self._engine.process.wait()
         if code >= 0:
             return f"the engine process ended with code {code}; its last lines above say why"
         name = signal.Signals(-code).name

@@ -3,10 +3,12 @@
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
 import threading
+from importlib import import_module
 
 import zmq
 
@@ -44,7 +46,13 @@ def main(descriptor: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     lifeline = Lifeline(socket.socket(fileno=descriptor))
-    launch: Launch = lifeline.receive()
+    if not select.select([lifeline], [], [], 0)[0]:
+        # Started before its parent had imported what it needs: time for what almost all engines need.
+        import_module("nanoflow_compiler.packed")
+    try:
+        launch: Launch = lifeline.receive()
+    except EOFError:  # whoever started it thought better of it
+        sys.exit(1)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     logging.basicConfig(
         level=launch.log_level, format="%(asctime)s engine: %(message)s", stream=sys.stderr
@@ -84,10 +92,15 @@ def _build(launch: Launch, lifeline: Lifeline) -> BuiltEngine:
             tokenizer=built.tokenizer,
             sampling_defaults=built.sampling_defaults,
             facts=built.facts,
-            seconds=built.seconds,
+            seconds=_seconds(built),
         )
     )
     return built
+
+
+def _seconds(built: BuiltEngine) -> dict[str, float]:
+    parts = {f"compile: {name}": seconds for name, seconds in built.compile_seconds.items()}
+    return {**built.seconds, **parts}
 
 
 def _end_with_parent(lifeline: Lifeline) -> None:

@@ -35,7 +35,9 @@ def descriptor(pool: Tensor) -> Any:
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """Multiprocessors of a GPU; 1 of a CPU, where kernels are compiled or interpreted."""
+    if device.type == "cpu":
+        return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 

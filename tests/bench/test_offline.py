@@ -179,6 +179,8 @@ def test_startup_of_processes_of_their_own(run):
         stages = ("python", "import", "load", "compile", "first_answer")
         assert start["total"] == pytest.approx(sum(start[stage] for stage in stages))
         assert all(start[stage] > 0 for stage in stages)
+        assert start["capture"] == 0.0
+        assert start["parts"] == {}  # of an eager engine
     assert report["avg_cold_startup_time"] == report["starts"][0]["total"]
     assert "first_answer" in result.stdout
     assert f"{report['avg_warm_startup_time']:.2f}" in result.stdout

@@ -14,7 +14,9 @@ import pytest
 
 from nanoflow_compiler.engine.async_engine import AsyncEngine
 from nanoflow_compiler.engine.engine_config import EngineConfig
+from nanoflow_compiler.engine.engine_process import EngineProcess
 from nanoflow_compiler.engine.llm import LLM
+from nanoflow_compiler.engine.process import ProcessLink
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.engine.spec import EngineSpec
 from nanoflow_compiler.errors import (
@@ -115,6 +117,21 @@ def test_a_life(spec):
             return pid
 
     wait_until_gone(run(scenario))
+
+
+def test_a_process_that_was_started_before(spec):
+    with EngineProcess.early() as early:
+        link = ProcessLink(spec, early=early)
+        assert link.pid == early.process.pid
+        link.kill()
+    wait_until_gone(link.pid)
+
+
+def test_a_process_that_nobody_told_anything_ends_without_a_word(capfd):
+    started = EngineProcess.start()
+    started.lifeline.close()
+    assert started.process.wait(30) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_engine_ends_every_answer(spec):

@@ -1,5 +1,6 @@
 """What users type after ``nanoflow serve``, those of vLLM included."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
@@ -10,14 +11,25 @@ import nanoflow_compiler.serve
 from nanoflow_compiler.cli import app
 from nanoflow_compiler.cli.server_flags import PLURALS
 from nanoflow_compiler.cli.vllm_flags import UNSUPPORTED
+from nanoflow_compiler.engine.engine_process import EngineProcess
 from nanoflow_compiler.server.settings import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch):
+    monkeypatch.setattr(EngineProcess, "early", nullcontext)
 
 
 @pytest.fixture
 def serve(monkeypatch):
     """Runs the command as far as the server would start; returns how it was told to."""
     configs = []
-    monkeypatch.setattr(nanoflow_compiler.serve, "serve_model", configs.append)
+
+    def take(config, *, early):
+        assert early is None
+        configs.append(config)
+
+    monkeypatch.setattr(nanoflow_compiler.serve, "serve_model", take)
 
     def run(*arguments):
         result = CliRunner().invoke(app, ["serve", *map(str, arguments)])

@@ -1,0 +1,68 @@
+"""The process that compiles kernels beside a model: a help that may fail, and no more than that."""
+
+import json
+import logging
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from nanoflow_compiler import kernel_warmup
+from nanoflow_compiler.kernel_warmup import AttentionLayer, KernelWarmup, Warmup
+from nanoflow_compiler.models.hf import PackedDecoder
+from tiny_models import MAX_LENGTH, llama
+
+
+def test_kinds_of_layers_are_listed_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    packed = PackedDecoder(llama(num_hidden_layers=3), max_length=MAX_LENGTH)
+    warmup = Warmup.of(packed)
+    assert warmup == Warmup(90, 128, "float32", (AttentionLayer(4, 2, 8, 8, "float32", 0.0),))
+    assert json.loads(json.dumps(asdict(warmup)))["layers"][0]["num_kv_heads"] == 2
+
+
+def test_there_is_none_on_a_cpu():
+    assert KernelWarmup.start(PackedDecoder(llama(), max_length=MAX_LENGTH)) is None
+
+
+def test_a_process_that_fails_is_logged_and_nothing_else(caplog):
+    with caplog.at_level(logging.INFO, logger=kernel_warmup.__name__):
+        assert not KernelWarmup.run("this is no JSON").wait()
+    assert "compiled when they are first launched" in caplog.text
+    assert "Error" in caplog.text
+
+
+def test_a_process_that_takes_too_long_is_ended(monkeypatch, caplog):
+    monkeypatch.setattr(kernel_warmup, "TIMEOUT_S", 0.0)
+    warmup = KernelWarmup.run("{}")
+    with caplog.at_level(logging.INFO, logger=kernel_warmup.__name__):
+        assert not warmup.wait()
+    assert "not compiled within" in caplog.text
+    assert warmup._process.returncode is not None
+
+
+def test_what_cannot_be_guessed_is_no_error(monkeypatch, caplog):
+    def refuse(_) -> tuple[int, int]:
+        raise RuntimeError("no such device")
+
+    class Packed:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(Warmup, "of", refuse)
+    with caplog.at_level(logging.INFO, logger=kernel_warmup.__name__):
+        assert KernelWarmup.start(Packed()) is None
+    assert "no such device" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_process_compiles_what_a_step_launches(monkeypatch, tmp_path):
+    """The cache holds each kernel once after a step ran with what the process had left there."""
+    from nanoflow_compiler import LLM, SamplingParams
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path / "nanoflow"))
+    with LLM("bench-1b", load_format="dummy", device="cuda", max_model_len=256) as llm:
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(temperature=0, max_tokens=2))
+    found = [path.stem for path in (tmp_path / "triton").rglob("*.cubin")]
+    for kernel in ("_append", "_read_pages", "_attend_tiles", "_scan", "_race"):
+        assert found.count(kernel) == 1
