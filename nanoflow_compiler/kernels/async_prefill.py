@@ -250,7 +250,7 @@ def _attend(
             place = (block * NUM_KV_HEADS + kv_head, _shift(last, ahead, PAGE))
             is_page = ahead < num_fetched
             _fetch(keys, key_ring, key_bars, done + ahead, place, is_page, STAGES)
-        if 2 * PAGE - 1 > position:
+        if position < 2 * PAGE - 1:
             scores = _mask(scores, positions, 0, last, PAGE)
             more_scores = _mask(more_scores, positions, 1, last, PAGE)
         greatest, factor, weights, more_weights, normaliser = _weigh(
@@ -280,7 +280,7 @@ def _attend(
             _fetch(keys, key_ring, key_bars, number + STAGES, place, is_page, STAGES)
             place = (more_block * NUM_KV_HEADS + kv_head, _shift(last, ahead + 1, PAGE))
             _fetch(keys, key_ring, key_bars, number + STAGES + 1, place, is_page, STAGES)
-            if (page + 2) * PAGE - 1 > position:
+            if position < (page + 2) * PAGE - 1:
                 scores = _mask(scores, positions, page, last, PAGE)
                 more_scores = _mask(more_scores, positions, page + 1, last, PAGE)
             greatest, factor, weights, more_weights, normaliser = _weigh(
