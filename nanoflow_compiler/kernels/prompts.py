@@ -40,7 +40,7 @@ def plan(
 ) -> Tiles | None:
     """How the requests of a part that have several rows are computed; None without any."""
     least = least_keys(pages, visibility=visibility) if is_plain else None
-    if least is not None and len(requests.prompts) and requests.mean_keys >= least:
+    if least is not None and requests.are_long(least):
         return plan_flash_prompts(requests, pages, num_heads=num_heads)
     return plan_prompts(
         requests,
