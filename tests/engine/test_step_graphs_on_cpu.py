@@ -162,7 +162,9 @@ def record_steps(graphs):
 def test_full_steps_of_long_prompts_have_a_graph_of_their_own(model, monkeypatch):
     fake_cuda(monkeypatch)
     monkeypatch.setattr(PlanKey, "least_long_keys", property(lambda _: 60))
-    requests = make_requests(9, longest=500, most=5)
+    prompts, params = make_requests(2, settings=[{"temperature": 0, "ignore_eos": True}])
+    prompts[0]["prompt_token_ids"] = [3 + at % 100 for at in range(200)]
+    requests = prompts, params
     expected = expected_answers(model, requests, max_num_batched_tokens=128)
     with LLM(model, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=128) as llm:
         capture(llm, Buckets.of_sizes(max_num_seqs=16, max_num_batched_tokens=128).all)
