@@ -77,7 +77,7 @@ class FlashTiles:
             tensor.data_ptr() - begin for tensor in self.tensors[:-1]
         )
         requests = tiles  # which request it is, only other kinds of masks ask
-        has_one_schedule = False
+        has_one_schedule = 0
         return [tiles, rows, places, queries, keys, of_heads, ends, requests, has_one_schedule]
 
 
