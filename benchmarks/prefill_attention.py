@@ -50,12 +50,12 @@ SMALL = PromptTiling(rows=64, num_warps=4, num_stages=2, ctas_per_sm=2)
 TILINGS = (
     SMALL,
     replace(SMALL, num_stages=3),
-    replace(SMALL, lags=False),
     replace(SMALL, num_stages=3, lags=False),
-    replace(SMALL, holds_queries=True),
     LARGE,
-    replace(LARGE, num_stages=4),
     replace(LARGE, lags=False),
+    replace(SMALL, is_async=True),
+    replace(LARGE, num_stages=2, is_async=True),
+    replace(LARGE, num_stages=4, is_async=True),
 )
 SCORING = Scoring(DIM**-0.5)
 NUM_CALLS = 20
@@ -274,6 +274,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 def _text(tiling: PromptTiling) -> str:
     size = f"{tiling.rows} rows, {tiling.num_warps} warps x {tiling.ctas_per_sm}"
+    if tiling.is_async:
+        return f"{size} {tiling.num_stages} stages async"
     marks = [mark for mark, on in (("lags", tiling.lags), ("holds", tiling.holds_queries)) if on]
     return " ".join([size, f"{tiling.num_stages} stages", *marks])
 

@@ -21,6 +21,11 @@ __all__ = ["Bools", "Group", "Ints", "Requests", "Visibility", "plan_decodes", "
 # Bounds the mask of a tile, which has a row per query and a column per visible key.
 TILE_ROWS = 512
 
+TILE_OF_ONE_HEAD = 128
+"""Rows, of a kernel for long prompts."""
+_LEAST_FILL = 0.9
+"""A kernel that gains a tenth loses it with a tenth of its rows."""
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
@@ -92,6 +97,12 @@ class Requests:
         counts = np.diff(self.starts)[self.prompts]
         pairs = counts * (2 * self.contexts[self.prompts] + counts + 1)
         return float(pairs.sum() / max(1, 2 * counts.sum()))
+
+    def are_long(self, least_keys: float) -> bool:
+        """Whether rows of prompts see so many keys on average, and fill tiles that are not shared."""
+        counts = np.diff(self.starts)[self.prompts]
+        num_rows = TILE_OF_ONE_HEAD * (-(-counts // TILE_OF_ONE_HEAD)).sum()
+        return bool(self.mean_keys >= least_keys and counts.sum() > _LEAST_FILL * num_rows)
 
     def blocks_of(self, requests: Ints, *, columns: Ints) -> Ints:
         """Block numbers ``[R, columns]``; past the end of the tables, any."""

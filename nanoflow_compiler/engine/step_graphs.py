@@ -114,7 +114,7 @@ class StepGraphs:
         cuts = self._cuts(bucket)
         parts = self.forward.parts(layout, cuts=cuts, slots=step.inputs.kv_slots)
         requests = [Requests.of(part) for part in parts]
-        if any(part.mean_keys >= self._least_long_keys for part in requests):
+        if any(part.are_long(self._least_long_keys) for part in requests):
             step = self._long.get(bucket, step)
         plans = [
             pair

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nanoflow_compiler.attention_plan import TILE_OF_ONE_HEAD
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
 __all__ = ["ITEM_FIELDS", "QUERIES", "FlashPlan", "plan_flash"]
@@ -17,7 +18,7 @@ __all__ = ["ITEM_FIELDS", "QUERIES", "FlashPlan", "plan_flash"]
 Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
-QUERIES = 128
+QUERIES = TILE_OF_ONE_HEAD
 """Of an item."""
 ITEM_FIELDS = 6
 _KEYS_OF_AN_ITEM = 2 * QUERIES

@@ -77,7 +77,7 @@ class FlashTiles:
             tensor.data_ptr() - begin for tensor in self.tensors[:-1]
         )
         requests = tiles  # which request it is, only other kinds of masks ask
-        has_one_schedule = False
+        has_one_schedule = 0
         return [tiles, rows, places, queries, keys, of_heads, ends, requests, has_one_schedule]
 
 
@@ -162,6 +162,8 @@ def _kernel(dim: int) -> Any:
     library = _library(_NAME.format(dim=dim))
     if library is None or not library.exists():
         return None
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return None  # tvm_ffi would not know on which stream to launch
     return import_module("tvm_ffi").load_module(str(library)).paged_run
 
 

@@ -162,14 +162,16 @@ def record_steps(graphs):
 def test_full_steps_of_long_prompts_have_a_graph_of_their_own(model, monkeypatch):
     fake_cuda(monkeypatch)
     monkeypatch.setattr(PlanKey, "least_long_keys", property(lambda _: 60))
-    requests = make_requests(9, longest=250, most=5)
-    expected = expected_answers(model, requests, max_num_batched_tokens=64)
-    with LLM(model, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=64) as llm:
-        capture(llm, Buckets.of_sizes(max_num_seqs=16, max_num_batched_tokens=64).all)
+    prompts, params = make_requests(2, settings=[{"temperature": 0, "ignore_eos": True}])
+    prompts[0]["prompt_token_ids"] = [3 + at % 100 for at in range(200)]
+    requests = prompts, params
+    expected = expected_answers(model, requests, max_num_batched_tokens=128)
+    with LLM(model, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=128) as llm:
+        capture(llm, Buckets.of_sizes(max_num_seqs=16, max_num_batched_tokens=128).all)
         graphs = llm._core.runner.graphs
         found = record_steps(graphs)
         check_same(answers(llm, requests), expected)
-        assert {bucket.num_tokens for bucket in graphs._long} == {64}
+        assert {bucket.num_tokens for bucket in graphs._long} == {128}
         is_long = [any(step is long for long in graphs._long.values()) for step in found]
         assert any(is_long)
         assert not all(is_long)

@@ -1,9 +1,12 @@
 """Plans of FlashInfer's kernel: every query of every head in one item, and nobody with much more work."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanoflow_compiler.attention_plan import Requests
 from nanoflow_compiler.kernels.flash_plan import QUERIES, plan_flash
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
@@ -69,6 +72,27 @@ def test_items_that_run_at_once_read_the_same_keys():
     assert len(set(first[2].tolist())) == 1
     assert set(first[1].tolist()) == set(range(4))
     assert set(first[0].tolist()) == set(range(32))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "mean_keys", "are_long"),
+    [
+        ([(0, 3)], 2, False),
+        ([(0, 401)], 201, False),
+        ([(300, 130)], 365.5, False),  # more than three tiles of four
+        ([(0, 511)], 256, True),
+        ([(500, 128), (9, 1)], 564.5, True),  # what decodes is not asked
+        ([(0, 128), (640, 128)], 384.5, True),
+        ([(5000, 100)], 5050.5, False),
+        ([(7, 1)], 0, False),
+    ],
+)
+def test_long_prompts(drawn, mean_keys, are_long):
+    contexts, counts = np.array(drawn).T
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    requests = Requests(starts, contexts, np.zeros((len(drawn), 1)), torch.device("cpu"))
+    assert requests.mean_keys == mean_keys
+    assert requests.are_long(202) == are_long
 
 
 def test_a_plan_of_no_request():
