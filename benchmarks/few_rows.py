@@ -48,6 +48,7 @@ SHAPES = {
     "gate_up": (2 * INNER, HIDDEN),
     "down": (HIDDEN, INNER),
 }
+HEAD = (128256, HIDDEN)
 NUM_LAYERS = 32
 MANY_ROWS = 2048
 ROTATED_BYTES = 200 << 20
@@ -149,9 +150,9 @@ def measure_products(
     num_rows: int, layers: Sequence[Layer], *, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Each product by cuBLAS and with all tilings."""
-    for name, (columns, depth) in SHAPES.items():
+    for name, (columns, depth) in {**SHAPES, "head": HEAD}.items():
         x, residual = random(num_rows, depth), random(num_rows, columns)
-        weights = [layer.weights[name] for layer in layers]
+        weights = [layer.weights[name] for layer in layers] if name in SHAPES else [random(*HEAD)]
         weights = weights[: 1 + ROTATED_BYTES // weights[0].nbytes]
         given = {"name": name, "rows": num_rows, "seconds": seconds, "num_bytes": weights[0].nbytes}
         yield measure(
