@@ -58,9 +58,7 @@ class FewRowsTiling:
         """The one to take unless another was measured to be faster."""
         if has_norm:
             assert num_rows <= MOST_ADDED_ROWS, "the norm of so many rows is computed by itself"
-            return (
-                cls(4, 512, 4, 4, uses_dot=False) if is_gated else cls(8, 512, 4, 4, uses_dot=False)
-            )
+            return cls(4 if is_gated else 8, 512, 4, 4, uses_dot=False)
         return cls(16, 128, 6, 2) if is_gated else cls(16, 256, 6, 2)
 
 

@@ -52,11 +52,8 @@ def can_chain(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *, pdl: bool) -> Callable[..., None]:
     """The kernel over a grid; it takes ``PDL``, and without it neither waits nor lets others begin."""
-    return (
-        partial(kernel[grid], PDL=True, launch_pdl=True)
-        if pdl
-        else partial(kernel[grid], PDL=False)
-    )
+    options = {"launch_pdl": True} if pdl else {}
+    return partial(kernel[grid], PDL=pdl, **options)
 
 
 @triton.jit

@@ -121,7 +121,7 @@ def _rotate_heads(
     REST_WIDTH: tl.constexpr,
 ):
     """Places are ``[HEADS, 1]``, of the first dimension of each head."""
-    dtype: tl.constexpr = to_ptr.dtype.element_ty
+    dtype: tl.constexpr = from_ptr.dtype.element_ty
     dims = tl.arange(0, HALF_WIDTH)
     is_dim = dims < HALF
     low_cos = tl.load(cos_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)[None, :]
