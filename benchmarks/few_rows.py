@@ -48,6 +48,7 @@ SHAPES = {
     "gate_up": (2 * INNER, HIDDEN),
     "down": (HIDDEN, INNER),
 }
+HEAD = (128256, HIDDEN)
 NUM_LAYERS = 32
 MANY_ROWS = 2048
 ROTATED_BYTES = 200 << 20
@@ -113,43 +114,45 @@ def print_row(row: dict[str, Any]) -> None:
 def measure_others(*, seconds: float) -> Iterator[dict[str, Any]]:
     """Kernels that are no products, for one token and for many."""
     for num_rows in (1, MANY_ROWS):
-        for name, num_bytes, make in others(num_rows):
-            count = min(max(2, ROTATED_BYTES // num_bytes), 64)
-            calls = [make() for _ in range(count)]
-            yield measure(
-                "alone", calls, name=name, rows=num_rows, seconds=seconds, num_bytes=num_bytes
-            )
+        for name, (option, values), num_bytes, make in others(num_rows):
+            given = {"name": name, "rows": num_rows, "seconds": seconds, "num_bytes": num_bytes}
+            runs = [make() for _ in range(min(max(2, ROTATED_BYTES // num_bytes), 64))]
+            for value in values:
+                calls = [partial(run, **{option: value}) for run in runs]
+                yield measure("alone", calls, **{option: value}, **given)
 
 
-def others(num_rows: int) -> Iterator[tuple[str, int, Callable[[], Callable[[], Any]]]]:
-    """A name, the bytes that are read and written, and what makes a call on memory of its own."""
+Option = tuple[str, tuple[int, ...]]
+"""What may be tuned, and the values to try."""
+
+
+def others(num_rows: int) -> Iterator[tuple[str, Option, int, Callable[[], Callable[..., Any]]]]:
+    """A name, an option, the bytes read and written, and what makes a call on memory of its own."""
     norm = RmsNorm(random(HIDDEN), 1e-5)
 
-    def make_norm() -> Callable[[], Any]:
+    def make_norm() -> Callable[..., Any]:
         x, residual = random(num_rows, HIDDEN), random(num_rows, HIDDEN)
-        return lambda: rms_norm(x, norm, residual=residual)
+        return partial(rms_norm, x, norm, residual=residual)
 
-    def make_gate() -> Callable[[], Any]:
-        gate_up = random(num_rows, 2 * INNER)
-        return lambda: gate_rows(gate_up, activation="silu")
+    def make_gate() -> Callable[..., Any]:
+        return partial(gate_rows, random(num_rows, 2 * INNER), activation="silu")
 
-    def make_rotation() -> Callable[[], Any]:
+    def make_rotation() -> Callable[..., Any]:
         step = Chain(num_rows, [])
-        qkv = random(num_rows, QKV)
-        return lambda: step.rotate(qkv, step.cache.tables[0], pdl=False)
+        return partial(step.rotate, random(num_rows, QKV), step.cache.tables[0])
 
-    yield "norm with residual", 8 * num_rows * HIDDEN, make_norm
-    yield "gate", 6 * num_rows * INNER, make_gate
-    yield "rotate and append", 4 * num_rows * QKV, make_rotation
+    yield "norm with residual", ("num_warps", (4, 8, 16)), 8 * num_rows * HIDDEN, make_norm
+    yield "gate", ("block", (1024, 2048, 4096)), 6 * num_rows * INNER, make_gate
+    yield "rotate and append", ("block", (4, 8, 16)), 4 * num_rows * QKV, make_rotation
 
 
 def measure_products(
     num_rows: int, layers: Sequence[Layer], *, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Each product by cuBLAS and with all tilings."""
-    for name, (columns, depth) in SHAPES.items():
+    for name, (columns, depth) in {**SHAPES, "head": HEAD}.items():
         x, residual = random(num_rows, depth), random(num_rows, columns)
-        weights = [layer.weights[name] for layer in layers]
+        weights = [layer.weights[name] for layer in layers] if name in SHAPES else [random(*HEAD)]
         weights = weights[: 1 + ROTATED_BYTES // weights[0].nbytes]
         given = {"name": name, "rows": num_rows, "seconds": seconds, "num_bytes": weights[0].nbytes}
         yield measure(
@@ -208,11 +211,11 @@ class Chain:
         assert isinstance(pages, HeadPages)
         return plan_pages(requests, pages, visibility=Visibility())
 
-    def rotate(self, qkv: Tensor, pages: Any, *, pdl: bool) -> Tensor:
+    def rotate(self, qkv: Tensor, pages: Any, **options: Any) -> Tensor:
         sizes = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
         query, key, value = (rows.unflatten(1, (-1, DIM)) for rows in qkv.split(sizes, dim=1))
         given: dict[str, Any] = {"rotary": self.rotary, "pages": pages, "slots": self.slots}
-        return rotate_and_append(query, key, value, pdl=pdl, **given)
+        return rotate_and_append(query, key, value, **given, **options)
 
     def attend(self, qkv: Tensor, at: int, *, pdl: bool) -> Tensor:
         """Rotation, append and attention."""

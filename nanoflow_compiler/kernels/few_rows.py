@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kernels.gated import GATES
 from nanoflow_compiler.kernels.norm import RmsNorm
-from nanoflow_compiler.kernels.pdl import launch
+from nanoflow_compiler.kernels.pdl import can_chain, launch
 from nanoflow_compiler.kernels.row_products import add_products, dot_products
 
 __all__ = [
@@ -58,9 +58,7 @@ class FewRowsTiling:
         """The one to take unless another was measured to be faster."""
         if has_norm:
             assert num_rows <= MOST_ADDED_ROWS, "the norm of so many rows is computed by itself"
-            return (
-                cls(4, 512, 4, 4, uses_dot=False) if is_gated else cls(8, 512, 4, 4, uses_dot=False)
-            )
+            return cls(4 if is_gated else 8, 512, 4, 4, uses_dot=False)
         return cls(16, 128, 6, 2) if is_gated else cls(16, 256, 6, 2)
 
 
@@ -79,13 +77,17 @@ TILINGS = (
 
 
 def can_multiply(x: Tensor, weight: Tensor, *, norm: RmsNorm | None = None) -> bool:
-    """Whether ``x [M, K]`` has few rows, and a linear layer's ``weight [N, K]`` can be streamed."""
+    """Whether ``x [M, K]`` has few rows, and a linear layer's ``weight [N, K]`` can be streamed.
+
+    GPUs that have the copy engine for it have programmatic dependent launch as well.
+    """
     is_half = x.dtype is weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     is_flat = x.ndim == weight.ndim == 2 and x.stride(1) == weight.stride(1) == 1
     is_norm = norm is None or (norm.fits(x) and len(x) <= MOST_ADDED_ROWS)
     steps = (weight.stride(0) * weight.itemsize, weight.data_ptr(), x.shape[1] * x.itemsize)
     is_aligned = not any(step % _TMA_BYTES for step in steps)
-    return is_half and is_flat and is_norm and is_aligned and 0 < len(x) <= MOST_ROWS
+    has_few = 0 < len(x) <= MOST_ROWS
+    return is_half and is_flat and is_norm and is_aligned and has_few and can_chain(x.device)
 
 
 def can_gate_product(

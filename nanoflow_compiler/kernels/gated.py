@@ -23,18 +23,26 @@ def can_gate(gate_up: Tensor, *, activation: str) -> bool:
 
 
 def gate_rows(
-    gate_up: Tensor, *, activation: str, out: Tensor | None = None, pdl: bool = False
+    gate_up: Tensor,
+    *,
+    activation: str,
+    out: Tensor | None = None,
+    block: int = _COLUMNS,
+    pdl: bool = False,
 ) -> Tensor:
-    """``activation(gate) * up``, both factors rounded to the dtype, for ``gate_up [T, 2 F]``."""
+    """``activation(gate) * up``, both factors rounded to the dtype, for ``gate_up [T, 2 F]``.
+
+    ``block`` are the columns of a thread block, a power of 2.
+    """
     num_rows, num_columns = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, num_columns) if out is None else out
-    launch(_gate, (num_rows, triton.cdiv(num_columns, _COLUMNS)), pdl=pdl)(
+    launch(_gate, (num_rows, triton.cdiv(num_columns, block)), pdl=pdl)(
         gate_up,
         gate_up.stride(0),
         out,
         out.stride(0),
         num_columns,
-        COLUMNS=_COLUMNS,
+        COLUMNS=block,
         ACTIVATION=activation,
         num_warps=_NUM_WARPS,
     )

@@ -15,7 +15,7 @@ from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
 __all__ = ["RmsNorm", "can_norm", "normed", "rms_norm"]
 
 _MOST_COLUMNS = 16384
-_COLUMNS_PER_WARP = 512
+_MANY_ROWS = 256
 _MOST_WARPS = 16
 
 
@@ -51,6 +51,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    num_warps: int | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of ``x [T, columns]``, or of ``residual + x``; and what it is the norm of.
@@ -76,9 +77,15 @@ def rms_norm(
         HAS_RESIDUAL=residual is not None,
         ADDS_ONE=norm.adds_one,
         ROUNDS_LAST=norm.rounds_last,
-        num_warps=min(max(block // _COLUMNS_PER_WARP, 1), _MOST_WARPS),
+        num_warps=num_warps or _num_warps(num_rows, block),
     )
     return out, total
+
+
+def _num_warps(num_rows: int, num_columns: int) -> int:
+    """Many rows keep a GPU busy with fewer threads for each, of which more memory is asked at a time."""
+    columns_per_warp = 512 if num_rows < _MANY_ROWS else 1024
+    return min(max(num_columns // columns_per_warp, 1), _MOST_WARPS)
 
 
 @triton.jit

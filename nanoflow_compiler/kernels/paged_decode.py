@@ -231,8 +231,9 @@ def _read_pages(
     share_at = tl.program_id(0)
     kv_head = tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
-    num_pages = tl.load(sizes_ptr)
-    share = tl.load(sizes_ptr + 1)
+    # Other steps had other plans: until the wait, not through a cache that may remember one.
+    num_pages = tl.load(sizes_ptr, cache_modifier=".cg")
+    share = tl.load(sizes_ptr + 1, cache_modifier=".cg")
     begin = share_at * share
     end = tl.minimum(begin + share, num_pages)
     # Who has no pages makes room at once; of those that wait, one is always there.
@@ -309,7 +310,7 @@ def _read_pages(
 
     # Behind the loop, because a loop that holds another is not pipelined.
     for which in tl.static_range(2):
-        split = tl.load(pieces_ptr + 2 * share_at + which)
+        split = tl.load(pieces_ptr + 2 * share_at + which, cache_modifier=".cg")
         if split >= 0:
             described = splits_ptr + split * SPLIT_FIELDS
             num_pieces = tl.load(described + 3) - tl.load(described + 2) + 1

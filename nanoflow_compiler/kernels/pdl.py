@@ -7,7 +7,8 @@ gap of a launch, setting up, and asking for weights. This is correct under one r
 
 **A kernel launched with PDL waits before it reads or writes anything that a step writes.** Before
 :func:`wait` it may touch only what no kernel of the step writes: weights, and arrays that were copied to
-the device before the step's first kernel began.
+the device before the step's first kernel began; the latter past the first-level cache (``.cg``), which may
+hold what they were in another step.
 
 Why the rule is enough. Let A, B, C follow each other, all launched with PDL. C may begin while A still
 runs: A and B have both let the next one begin. But when the wait of C returns, B has ended, and B ended
@@ -51,11 +52,8 @@ def can_chain(device: torch.device) -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *, pdl: bool) -> Callable[..., None]:
     """The kernel over a grid; it takes ``PDL``, and without it neither waits nor lets others begin."""
-    return (
-        partial(kernel[grid], PDL=True, launch_pdl=True)
-        if pdl
-        else partial(kernel[grid], PDL=False)
-    )
+    options = {"launch_pdl": True} if pdl else {}
+    return partial(kernel[grid], PDL=pdl, **options)
 
 
 @triton.jit

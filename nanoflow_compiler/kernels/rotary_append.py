@@ -18,8 +18,7 @@ from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 __all__ = ["Rotary", "can_rotate", "rotate_and_append"]
 
 _HEADS = 8
-"""Of a thread block."""
-_NUM_WARPS = 2
+_HEADS_PER_WARP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +60,17 @@ def rotate_and_append(
     pages: HeadPages,
     slots: Tensor,
     out: Tensor | None = None,
+    block: int = _HEADS,
     pdl: bool = False,
 ) -> Tensor:
-    """The rotated ``query [T, heads, dim]``; keys and values go to ``slots [T]`` of the pages."""
+    """The rotated ``query [T, heads, dim]``; keys and values go to ``slots [T]`` of the pages.
+
+    ``block`` are the heads of a thread block, a power of 2.
+    """
     out = query.new_empty(query.shape) if out is None else out
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     dim, v_dim, rotary_dim = query.shape[2], value.shape[2], rotary.cos.shape[1]
-    groups = triton.cdiv(num_heads, _HEADS)
+    groups = triton.cdiv(num_heads, block)
     sizes: dict[str, Any] = {
         "HALF": rotary_dim // 2,
         "HALF_WIDTH": triton.next_power_of_2(rotary_dim // 2),
@@ -75,11 +78,11 @@ def rotate_and_append(
         "REST_WIDTH": triton.next_power_of_2(max(dim - rotary_dim, 1)),
         "V_DIM": v_dim,
         "V_WIDTH": triton.next_power_of_2(v_dim),
-        "HEADS": _HEADS,
+        "HEADS": block,
         "PAGE": BLOCK_SIZE,
-        "num_warps": _NUM_WARPS,
+        "num_warps": max(1, block // _HEADS_PER_WARP),
     }
-    launch(_rotate, (len(query), groups + triton.cdiv(num_kv_heads, _HEADS)), pdl=pdl)(
+    launch(_rotate, (len(query), groups + triton.cdiv(num_kv_heads, block)), pdl=pdl)(
         query,
         *query.stride()[:2],
         num_heads,
@@ -118,7 +121,7 @@ def _rotate_heads(
     REST_WIDTH: tl.constexpr,
 ):
     """Places are ``[HEADS, 1]``, of the first dimension of each head."""
-    dtype: tl.constexpr = to_ptr.dtype.element_ty
+    dtype: tl.constexpr = from_ptr.dtype.element_ty
     dims = tl.arange(0, HALF_WIDTH)
     is_dim = dims < HALF
     low_cos = tl.load(cos_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)[None, :]
