@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoflow_compiler.attention_state import current_state
 from nanoflow_compiler.experts import ACTIVATIONS
-from nanoflow_compiler.kernel_choice import ATEN, choose
+from nanoflow_compiler.kernel_choice import ATEN, Choice, choose
 from nanoflow_compiler.kv_cache import HeadPages
 from nanoflow_compiler.ops import define
 from nanoflow_compiler.paged_attention import append
@@ -25,8 +25,7 @@ __all__ = ["gated_linear", "linear", "linear_add", "rotary_append"]
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_cuda and (choice := choose("linear", x, weight_t)) != ATEN:
-        result: Tensor = _kernels("linears").linear(x, weight_t, bias=bias, choice=choice)
-        return result
+        return _computed(choice, x, weight_t, bias=bias)
     return torch.mm(x, weight_t) if bias is None else torch.addmm(bias, x, weight_t)
 
 
@@ -37,8 +36,7 @@ def _linear_fake(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear_add(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
     if x.is_cuda and (choice := choose("linear_add", x, weight_t)) != ATEN:
-        result: Tensor = _kernels("linears").linear(x, weight_t, residual=residual, choice=choice)
-        return result
+        return _computed(choice, x, weight_t, residual=residual)
     return residual + torch.mm(x, weight_t)
 
 
@@ -48,19 +46,10 @@ def _linear_add_fake(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
 
 
 def _gated_linear(x: Tensor, weight_t: Tensor, activation: str) -> Tensor:
-    if not x.is_cuda:
-        return _gate(torch.mm(x, weight_t), activation)
-    linears = _kernels("linears")
-    if (choice := choose("gated_linear", x, weight_t)) != ATEN:
-        result: Tensor = linears.linear(x, weight_t, activation=activation, choice=choice)
-        return result
-    product = torch.mm(x, weight_t)
-    gated: Tensor | None = linears.gate(product, activation=activation)
-    return _gate(product, activation) if gated is None else gated
-
-
-def _gate(product: Tensor, activation: str) -> Tensor:
-    gate, up = product.chunk(2, dim=1)
+    if x.is_cuda:
+        choice = choose("gated_linear", x, weight_t)
+        return _computed(choice, x, weight_t, activation=activation)
+    gate, up = torch.mm(x, weight_t).chunk(2, dim=1)
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -78,7 +67,7 @@ def _rotary_append(
     if isinstance(pages, HeadPages):
         slots = state.parts[part].slots
         rotated = _kernels("rotations").rotary_append(
-            query, key, value, cos=cos, sin=sin, pages=pages, slots=slots
+            query, key, value, angles=(cos, sin), pages=pages, slots=slots
         )
         if rotated is not None:
             return rotated, handle
@@ -99,6 +88,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotary_append_fake(query: Tensor, key: Tensor, *_inputs: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(0)
+
+
+def _computed(choice: Choice, x: Tensor, weight_t: Tensor, **others: Any) -> Tensor:
+    linears = _kernels("linears")
+    result: Tensor = linears.compute(linears.Linear(x, weight_t, **others), choice=choice)
+    return result
 
 
 def _kernels(name: str) -> Any:

@@ -21,7 +21,17 @@ from torch import Tensor
 from nanoflow_compiler.config import cache_dir
 from nanoflow_compiler.graphs import dtype_name
 
-__all__ = ["ATEN", "Choice", "ChoiceTable", "LinearShape", "Measured", "choose", "table_of"]
+__all__ = [
+    "ATEN",
+    "Choice",
+    "ChoiceTable",
+    "LinearShape",
+    "Measured",
+    "choose",
+    "identity_of",
+    "keep",
+    "table_of",
+]
 
 _LOG = logging.getLogger(__name__)
 PACKAGED = Path(__file__).with_name("kernel_choices.json")
@@ -124,8 +134,15 @@ def _choose(
 def table_of(device_name: str) -> ChoiceTable:
     """What is packaged for this GPU, then what was measured on this machine."""
     table = ChoiceTable.of(_read(PACKAGED, device_name))
-    table.add(row for row in _read(_measured_path(), device_name) if row.shape not in table.rows)
+    measured = _read(_measured_path(), device_name)
+    table.add([row for row in measured if row.shape not in table.rows])
     return table
+
+
+def identity_of(device_name: str) -> str:
+    """Text that differs where the tables of a GPU serve other shapes, as they are on disk now."""
+    rows = [*_read(PACKAGED, device_name), *_read(_measured_path(), device_name)]
+    return json.dumps([row.as_json() for row in rows])
 
 
 def keep(rows: list[Measured], *, device_name: str) -> None:
@@ -133,8 +150,8 @@ def keep(rows: list[Measured], *, device_name: str) -> None:
     table_of(device_name).add(rows)
     _choose.cache_clear()
     path = _measured_path()
-    known = _json(path)
-    known.setdefault(device_name, []).extend(row.as_json() for row in rows)
+    all_rows = [*_read(path, device_name), *rows]
+    known = _json(path) | {device_name: [row.as_json() for row in all_rows]}
     partial = path.with_suffix(".partial")
     with suppress(OSError):  # a cache that others share may be read only
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +173,7 @@ def _read(path: Path, device_name: str) -> list[Measured]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import fx
 
 from nanoflow_compiler.config import CompileConfig
-from nanoflow_compiler.kernel_choice import LinearShape, table_of
+from nanoflow_compiler.kernel_choice import LinearShape, keep, table_of
 
 __all__ = ["Serving", "serving_of"]
 
@@ -34,9 +35,16 @@ def serving_of(module: fx.GraphModule, *, config: CompileConfig) -> Serving | No
     if config.kernels == "aten" or device.type != "cuda" or not _has_kernels(device):
         return None
     table = table_of(torch.cuda.get_device_name(device))
-    if config.gemms == "measure":
-        return Serving(lambda shape: shape.dtype in _TYPES, _stores_pages)
-    return Serving(table.serves, _stores_pages)
+    if config.gemms != "measure":
+        return Serving(table.serves, _stores_pages)
+
+    def is_faster(shape: LinearShape) -> bool:
+        if shape.dtype in _TYPES and shape not in table.rows:
+            measure = import_module("nanoflow_compiler.kernels.linear_timing").measure
+            keep(measure(shape, device=device), device_name=torch.cuda.get_device_name(device))
+        return table.serves(shape)
+
+    return Serving(is_faster, _stores_pages)
 
 
 def _device_of(module: fx.GraphModule) -> torch.device:

@@ -23,12 +23,12 @@ from nanoflow_compiler.scoring import Scoring
 
 __all__ = ["attention", "define", "kv_append", "moe_experts", "paged_attention"]
 
-Kernel = Callable[..., Any]
+Kernel = Callable[..., Tensor]
 
 _LIBRARY = torch.library.Library("nanoflow", "FRAGMENT")
 
 
-def define(schema: str, *, kernel: Kernel, fake: Kernel) -> Kernel:
+def define(schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Kernel:
     """The operator of ``schema``.
 
     A plain library entry and not ``torch.library.custom_op``, whose wrappers double the cost of a call.

@@ -28,7 +28,6 @@ from nanoflow_compiler.graphs import (
     overload,
     shape_of,
     size_expr,
-    strides_of,
 )
 from nanoflow_compiler.passes.fuse import Fusion
 from nanoflow_compiler.passes.grouping import is_view

@@ -120,9 +120,7 @@ def _in_halves(node: fx.Node, first: fx.Node, second: fx.Node) -> Rotation | Non
             split = _split_in_halves(x1, x2)
             if split is not None and _is_sum_of(high, {x2, cos}, {x1, sin}):
                 nodes = (split, x1, x2, *low, first, *high, second, node)
-                return Rotation(
-                    operand(split, 0), cos, sin, int(shape_of(node)[-1]), True, nodes
-                )
+                return Rotation(operand(split, 0), cos, sin, int(shape_of(node)[-1]), True, nodes)
     return None
 
 

@@ -73,12 +73,10 @@ def _flops(node: fx.Node) -> float:
     packet = overload(node)
     if is_view(node) or _is_paged(node):  # whose context is counted apart
         return 0.0
-    if packet in _ours("gated_linear", "linear", "linear_add"):
-        return 2.0 * _hints(node)[0] * prod(_hints(_weight_of(node)))
-    if packet in (aten.mm, aten.bmm):
-        return 2.0 * prod(_hints(node)) * _hints(node.args[0])[-1]
-    if packet in (aten.addmm, aten.baddbmm):
-        return 2.0 * prod(_hints(node)) * _hints(node.args[1])[-1]
+    if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, *_ours("linear_add")):
+        return _product_flops(node, left=node.args[-2])
+    if packet in _ours("linear", "gated_linear"):
+        return _product_flops(node, left=node.args[0], right=node.args[1])
     if "scaled_dot_product" in getattr(packet, "__name__", ""):
         query, key = _hints(node.args[0]), _hints(node.args[1])
         return 4.0 * prod(query) * key[-2]
@@ -92,9 +90,9 @@ def _ours(*names: str) -> list[Any]:
     return [getattr(torch.ops.nanoflow, name, None) for name in names]
 
 
-def _weight_of(node: fx.Node) -> Any:
-    """The first operand of a linear is what it is added to, or its input."""
-    return node.args[2] if overload(node) in _ours("linear_add") else node.args[1]
+def _product_flops(node: fx.Node, *, left: Any, right: Any = None) -> float:
+    """Of ``left @ right``, where the columns are those of the result unless ``right`` is given."""
+    return 2.0 * prod(_hints(left)) * _hints(right or node)[-1]
 
 
 def _expert_flops(node: fx.Node) -> float:
@@ -120,4 +118,8 @@ def _kv_bytes_per_token(node: fx.Node) -> int:
         tensors = operand(append, 0).args[1:3]
     else:
         tensors = append.args[:2]
-    return sum(prod(_hints(arg)[1:]) * arg.meta["val"].element_size() for arg in tensors if isinstance(arg, fx.Node))
+    return sum(
+        prod(_hints(arg)[1:]) * arg.meta["val"].element_size()
+        for arg in tensors
+        if isinstance(arg, fx.Node)
+    )
