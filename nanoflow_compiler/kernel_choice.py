@@ -139,9 +139,10 @@ def table_of(device_name: str) -> ChoiceTable:
     return table
 
 
-def identity_of(device_name: str) -> str:
+def identity_of(device_name: str, *, with_measured: bool = True) -> str:
     """Text that differs where the tables of a GPU serve other shapes, as they are on disk now."""
-    rows = [*_read(PACKAGED, device_name), *_read(_measured_path(), device_name)]
+    rows = _read(PACKAGED, device_name)
+    rows += _read(_measured_path(), device_name) if with_measured else []
     return json.dumps([row.as_json() for row in rows])
 
 

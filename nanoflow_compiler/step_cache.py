@@ -59,7 +59,8 @@ def _identity(packed: PackedDecoder, config: CompileConfig) -> Iterator[str]:
     yield torch.cuda.get_device_name(packed.device) if packed.device.type == "cuda" else "cpu"
     yield repr({key: value for key, value in asdict(config).items() if key not in _NOT_KEYS})
     if packed.device.type == "cuda":  # whose tables say which operators a graph has
-        yield identity_of(torch.cuda.get_device_name(packed.device))
+        own = config.gemms != "measure"  # while compiling, which changes what was measured
+        yield identity_of(torch.cuda.get_device_name(packed.device), with_measured=own)
     yield f"{packed.max_length} {type(packed.model).__qualname__}"
     yield Path(inspect.getfile(type(packed.model))).read_text(encoding="utf-8")
     yield packed.model.config.to_json_string(use_diff=False)

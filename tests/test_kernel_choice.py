@@ -54,6 +54,7 @@ def test_what_was_measured_is_kept(cache):
     keep(ROWS, device_name=GPU)
     assert table_of(GPU).choice(SHAPE, num_rows=1) == FEW
     assert identity_of(GPU) != empty
+    assert identity_of(GPU, with_measured=False) == empty
     table_of.cache_clear()  # as a later process begins
     assert table_of(GPU).rows == {SHAPE: ROWS}
     assert table_of("another").rows == {}

@@ -4,17 +4,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from captures import NUM_LAYERS
-from nanoflow_compiler.capture import capture_step
-from nanoflow_compiler.config import CompileConfig
+from captures import NUM_LAYERS, packed_llama
 from nanoflow_compiler.ir import OpKind
-from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.passes.epilogue import epilogue
 from nanoflow_compiler.passes.fuse import fuse
 from nanoflow_compiler.passes.normalize import normalize
-from nanoflow_compiler.pipeline import analyse
 from nanoflow_compiler.stepper import Stepper
-from tiny_models import MAX_LENGTH, llama
 from traces import calls, trace
 
 
@@ -188,15 +183,12 @@ def test_what_no_kernel_serves_stays():
 
 def test_a_real_decoder():
     """Of each layer one product is plain, two add, one gates; and the LM head."""
-    packed = PackedDecoder(llama(num_hidden_layers=NUM_LAYERS), max_length=MAX_LENGTH)
-    captured = capture_step(packed)
-    graph = analyse(captured, config=CompileConfig(kernels="own"), step=Stepper())
+    graph, plain = packed_llama(kernels="own").ops, packed_llama().ops
     labels = [op.label.partition(" ")[0] for op in graph.ops if op.kind is OpKind.GEMM]
     layer = ["linear", "linear_add", "gated_linear", "linear_add"]
     assert labels == [*layer * NUM_LAYERS, "linear"]
     assert all(op.splits for op in graph.ops if op.kind is OpKind.GEMM and op.layer is not None)
     assert graph.num_layers >= NUM_LAYERS - 1
-    plain = analyse(capture_step(packed), config=CompileConfig(), step=Stepper())
     flops = [
         sum(op.work.flops(512) for op in each.ops if op.kind is OpKind.GEMM)
         for each in (graph, plain)
