@@ -20,7 +20,7 @@ from nanoflow_compiler.kv_cache import HeadPages
 from nanoflow_compiler.ops import define
 from nanoflow_compiler.paged_attention import append
 
-__all__ = ["gated_linear", "linear", "linear_add", "rotary_append"]
+__all__ = ["gated_linear", "linear", "linear_add", "rms_norm", "rotary_append"]
 
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,6 +56,22 @@ def _gated_linear(x: Tensor, weight_t: Tensor, activation: str) -> Tensor:
 def _gated_linear_fake(x: Tensor, weight_t: Tensor, activation: str) -> Tensor:
     del activation
     return x.new_empty(x.shape[0], weight_t.shape[1] // 2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, rounds_last: bool) -> Tensor:
+    if x.is_cuda:
+        kernels = _kernels("norms")
+        normed: Tensor | None = kernels.rms_norm(x, weight, eps=eps, rounds_last=rounds_last)
+        if normed is not None:
+            return normed
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * scaled).to(x.dtype) if rounds_last else weight * scaled.to(x.dtype)
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, rounds_last: bool) -> Tensor:
+    del weight, eps, rounds_last
+    return x.new_empty(x.shape)
 
 
 def _rotary_append(
@@ -118,6 +134,13 @@ gated_linear = define(
     "gated_linear(Tensor x, Tensor weight_t, str activation) -> Tensor",
     kernel=_gated_linear,
     fake=_gated_linear_fake,
+)
+
+# The RMSNorm of rows [T, N], in float32: rounded before it is multiplied with the weight, or after.
+rms_norm = define(
+    "rms_norm(Tensor x, Tensor weight, float eps, bool rounds_last) -> Tensor",
+    kernel=_rms_norm,
+    fake=_rms_norm_fake,
 )
 
 # Rotates queries and keys [T, heads, dim] and appends keys and values to the cache of `layer`: the

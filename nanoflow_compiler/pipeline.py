@@ -25,6 +25,7 @@ from nanoflow_compiler.passes.fuse import fuse
 from nanoflow_compiler.passes.lift import bound_nodes, lift
 from nanoflow_compiler.passes.nano_split import nano_split
 from nanoflow_compiler.passes.normalize import normalize
+from nanoflow_compiler.passes.norms import norms
 from nanoflow_compiler.passes.rotary_append import rotary_append
 from nanoflow_compiler.passes.schedule import schedule
 from nanoflow_compiler.stepper import Stepper
@@ -54,6 +55,7 @@ def analyse(captured: CapturedGraph, *, config: CompileConfig, step: Stepper) ->
     graph = step(fuse, graph, weights=weights, merge=config.fuse)
     if (serving := serving_of(graph, config=config)) is not None:
         graph = step(epilogue, graph, weights=weights, serves=serving.linear)
+        graph = step(norms, graph, weights=weights, serves=serving.norm)
         graph = step(rotary_append, graph, serves=serving.rotary)
     graph = step(axis, graph, seeds=captured.seeds)
     return step(lift, graph, weights=weights, tokens=captured.tokens)

@@ -229,6 +229,7 @@ PACKED_OPERATIONS = {
     "linear": 1,
     "linear_add": 2,
     "gated_linear": 1,
+    "rms_norm": 1,
     "rotary_append": 5,
 }
 

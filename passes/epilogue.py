@@ -30,21 +30,23 @@ from nanoflow_compiler.graphs import (
     operand,
     overload,
     shape_of,
-    strides_of,
 )
 from nanoflow_compiler.kernel_choice import LinearShape
 from nanoflow_compiler.passes.fuse import Fusion
-from nanoflow_compiler.passes.products import Product, behind_reshapes, product_of
+from nanoflow_compiler.passes.products import (
+    Miss,
+    Product,
+    behind_reshapes,
+    last_reshape,
+    product_of,
+    replace_rows,
+)
 
 __all__ = ["epilogue"]
 
 aten = torch.ops.aten
 
 Serves = Callable[[LinearShape], bool]
-
-
-class _Miss(Exception):  # noqa: N818 - a reason, never an error of the caller
-    """Why nodes that look like a pattern stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class _Given:
 
     def check_served(self, product: Product, op: str) -> None:
         if not self.serves(product.shape(op)):
-            raise _Miss(f"no kernel of {op} is faster on weights of {_size(product)}")
+            raise Miss(f"no kernel of {op} is faster on weights of {_size(product)}")
 
     def done(self, kind: str, nodes: list[fx.Node], result: fx.Node) -> None:
         self.fusions.append(Fusion(kind, tuple(node.name for node in nodes), result.name))
@@ -77,7 +79,7 @@ def epilogue(
         for node in list(call_nodes(module)):
             try:
                 rewrite(node, given)
-            except _Miss as miss:
+            except Miss as miss:
                 given.misses.append(f"{node.name}: {miss}")
         module.graph.eliminate_dead_code()  # what was replaced reads nothing any more
     module.graph.lint()
@@ -111,9 +113,9 @@ def _gate(activation: fx.Node, given: _Given) -> None:
     between = [*before, *halves[0].nodes, *halves[1].nodes, activation]
     _check_gate(product, halves[0], halves[1], between=between, result=multiplied)
     given.check_served(product, "gated_linear")
-    reshape = _last_reshape([*source[1], *halves[0].nodes])
+    reshape = last_reshape([*source[1], *halves[0].nodes])
     arguments = (product.x, product.weight_t, name)
-    made = _replace(multiplied, fused_ops.gated_linear, arguments, reshape=reshape)
+    made = replace_rows(multiplied, fused_ops.gated_linear, arguments, reshape=reshape)
     given.done("gated_linear", [product.node, activation, multiplied], made)
 
 
@@ -157,11 +159,11 @@ def _check_gate(
     product: Product, gate: _Half, up: _Half, *, between: list[fx.Node], result: fx.Node
 ) -> None:
     if product.bias is not None:
-        raise _Miss("the linear has a bias")
+        raise Miss("the linear has a bias")
     if (gate.index, up.index) != (0, 1):
-        raise _Miss("the gate is not the first half")
+        raise Miss("the gate is not the first half")
     if set(gate.split.users) != {gate.nodes[0], up.nodes[0]}:
-        raise _Miss(f"{gate.split.name} has other readers")
+        raise Miss(f"{gate.split.name} has other readers")
     _check_alone([node for node in between if node is not gate.split])
     _check_types(product, result)
 
@@ -169,13 +171,13 @@ def _check_gate(
 def _check_alone(nodes: list[fx.Node]) -> None:
     for node in nodes:
         if len(node.users) != 1:
-            raise _Miss(f"{node.name} has other readers")
+            raise Miss(f"{node.name} has other readers")
 
 
 def _check_types(product: Product, *others: fx.Node) -> None:
     used = (product.node, product.x, product.weight_t, *others)
     if len({node.meta["val"].dtype for node in used}) > 1:
-        raise _Miss("its types differ")
+        raise Miss("its types differ")
 
 
 def _add(node: fx.Node, given: _Given) -> None:
@@ -192,17 +194,17 @@ def _add(node: fx.Node, given: _Given) -> None:
         term = max(terms, key=lambda term: order[term.product.node])
     _check_alone([term.product.node, *term.reshapes])
     if term.product.bias is not None:
-        raise _Miss("the linear has a bias")
+        raise Miss("the linear has a bias")
     if not shape_of(term.residual) == shape_of(term.value) == shape_of(node):
-        raise _Miss("it broadcasts")
+        raise Miss("it broadcasts")
     _check_types(term.product, term.residual, node)
     given.check_served(term.product, "linear_add")
     columns = shape_of(term.product.node)[-1]
     with node.graph.inserting_before(node):
         residual = _as_rows(term.residual, int(columns))
     arguments = (residual, term.product.x, term.product.weight_t)
-    reshape = _last_reshape(term.reshapes)
-    made = _replace(node, fused_ops.linear_add, arguments, reshape=reshape)
+    reshape = last_reshape(term.reshapes)
+    made = replace_rows(node, fused_ops.linear_add, arguments, reshape=reshape)
     given.done("linear_add", [term.product.node, node], made)
 
 
@@ -235,10 +237,6 @@ def _as_rows(node: fx.Node, columns: int) -> fx.Node:
     return insert_call(node.graph, aten.reshape.default, node, [-1, columns], like=node)
 
 
-def _last_reshape(nodes: list[fx.Node]) -> fx.Node | None:
-    return next((node for node in reversed(nodes) if overload(node) is aten.reshape), None)
-
-
 def _plain(node: fx.Node, given: _Given) -> None:
     """Without a note where no kernel serves it: most linears of most models are ATen's."""
     product = given.product(node)
@@ -246,31 +244,8 @@ def _plain(node: fx.Node, given: _Given) -> None:
         return
     _check_types(product, *([] if product.bias is None else [product.bias]))
     arguments = (product.x, product.weight_t, product.bias)
-    made = _replace(node, fused_ops.linear, arguments, reshape=None)
+    made = replace_rows(node, fused_ops.linear, arguments, reshape=None)
     given.done("linear", [node], made)
-
-
-def _replace(
-    old: fx.Node, target: Any, arguments: tuple[Any, ...], *, reshape: fx.Node | None
-) -> fx.Node:
-    """A call of ``target`` in place of ``old``, as ``reshape`` would shape it; returns the call."""
-    graph = old.graph
-    with graph.inserting_before(old):
-        made = shaped = insert_call(graph, target, *arguments, like=old)
-        if len(shape_of(old)) != 2:
-            assert reshape is not None
-            leading: Any = reshape.args[1]
-            sizes = [*leading[:-1], int(shape_of(made)[-1])]
-            shaped = insert_call(graph, aten.reshape.default, made, sizes, like=old)
-    if (shape_of(shaped), strides_of(shaped)) != (shape_of(old), strides_of(old)):
-        for node in (shaped, made)[: 1 + (shaped is not made)]:
-            graph.erase_node(node)
-        raise _Miss("what it makes lies otherwise in memory")
-    for user in list(old.users):
-        if overload(user) is aten.reshape and shape_of(user) == shape_of(made):
-            user.replace_all_uses_with(made)
-    old.replace_all_uses_with(shaped)
-    return made
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

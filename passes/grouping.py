@@ -56,6 +56,7 @@ _OURS = {
     "linear_add": OpKind.GEMM,
     "gated_linear": OpKind.GEMM,
     "rotary_append": OpKind.KV_APPEND,
+    "rms_norm": OpKind.NORM,
 }
 _VIEWS = {
     *(aten.reshape, aten.view, aten.permute, aten.transpose, aten.t, aten.unsqueeze),

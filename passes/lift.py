@@ -39,6 +39,7 @@ _RESOURCES = {
     OpKind.ATTENTION: Resource.MEMORY,
     OpKind.KV_APPEND: Resource.MEMORY,
     OpKind.CLUSTER: Resource.MEMORY,
+    OpKind.NORM: Resource.MEMORY,
     OpKind.COLLECTIVE: Resource.NETWORK,
     OpKind.VIEW: Resource.HOST,
     OpKind.SIZES: Resource.HOST,

@@ -1,4 +1,4 @@
-"""Linears of parameters in a graph, and the chains of nodes by which others read what they make."""
+"""Linears of parameters in a graph, the reshapes by which others read them, and operators in their place."""
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -7,13 +7,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from nanoflow_compiler.graphs import dtype_name, operand, overload, shape_of
+from nanoflow_compiler.graphs import (
+    dtype_name,
+    insert_call,
+    operand,
+    overload,
+    shape_of,
+    strides_of,
+)
 from nanoflow_compiler.kernel_choice import LinearShape
 from nanoflow_compiler.merging import merge_rows
 
-__all__ = ["Product", "behind_reshapes", "product_of"]
+__all__ = ["Miss", "Product", "behind_reshapes", "last_reshape", "product_of", "replace_rows"]
 
 aten = torch.ops.aten
+
+
+class Miss(Exception):  # noqa: N818 - a reason, never an error of the caller
+    """Why nodes that look like a pattern stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +75,32 @@ def behind_reshapes(node: Any) -> tuple[fx.Node, list[fx.Node]] | None:
         reshapes.append(node)
         node = operand(node, 0)
     return node, reshapes[::-1]
+
+
+def last_reshape(nodes: list[fx.Node]) -> fx.Node | None:
+    """The last reshape of nodes in the order of the graph."""
+    return next((node for node in reversed(nodes) if overload(node) is aten.reshape), None)
+
+
+def replace_rows(
+    old: fx.Node, target: Any, arguments: tuple[Any, ...], *, reshape: fx.Node | None
+) -> fx.Node:
+    """A call of ``target``, which makes rows, in place of ``old``, which has them as ``reshape`` does.
+
+    Returns the call. Raises :class:`Miss` where ``old`` lies otherwise in memory.
+    """
+    graph = old.graph
+    with graph.inserting_before(old):
+        made = shaped = insert_call(graph, target, *arguments, like=old)
+        if len(shape_of(old)) != 2:
+            assert reshape is not None
+            leading: Any = reshape.args[1]
+            sizes = [*leading[:-1], int(shape_of(made)[-1])]
+            shaped = insert_call(graph, aten.reshape.default, made, sizes, like=old)
+    if (shape_of(shaped), strides_of(shaped)) != (shape_of(old), strides_of(old)):
+        raise Miss("what it makes lies otherwise in memory")  # and no one reads the new nodes
+    for user in list(old.users):
+        if overload(user) is aten.reshape and shape_of(user) == shape_of(made):
+            user.replace_all_uses_with(made)
+    old.replace_all_uses_with(shaped)
+    return made

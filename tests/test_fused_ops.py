@@ -48,6 +48,18 @@ def test_linears(dtype):
     assert torch.equal(fused_ops.linear_add(residual, x, weight_t), residual + product)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rounds_last", [True, False])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_norm(rounds_last, dtype, device):
+    x = random(5, 64, dtype=dtype, device=device)
+    weight = random(64, seed=1, dtype=dtype, device=device)
+    scaled = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-3)
+    normed = fused_ops.rms_norm(x, weight, 1e-3, rounds_last)
+    assert normed.dtype is dtype
+    close(normed, scaled * weight.double())
+
+
 def test_schemas_and_fakes_agree_with_the_implementations():
     checks = ("test_schema", "test_faketensor")
     x, weight_t, bias = linear_inputs(torch.float32)
@@ -59,6 +71,7 @@ def test_schemas_and_fakes_agree_with_the_implementations():
         fused_ops.linear: (x, weight_t, bias),
         fused_ops.linear_add: (random(5, 24), x, weight_t),
         fused_ops.gated_linear: (x, weight_t, "silu"),
+        fused_ops.rms_norm: (x, random(16), 1e-6, True),
         fused_ops.rotary_append: (query, key, value, *angles, 0, 0),
     }
     with attention_state(AttentionState(step.cache, (layout.part(0, 2),))):

@@ -10,11 +10,11 @@ from tiny_models import BUILDERS
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 # What each is fused to: all that there is, rotation in halves, parts of heads, linears and no rotation.
 OPERATORS = {
-    "llama": {"linear", "linear_add", "gated_linear", "rotary_append"},
+    "llama": {"linear", "linear_add", "gated_linear", "rotary_append", "rms_norm"},
     "gemma2": {"linear", "gated_linear", "rotary_append"},
     "gpt_oss": {"linear", "rotary_append"},
     "gpt_neox": {"linear", "rotary_append"},
-    "deepseek_v3": {"linear", "linear_add", "gated_linear"},
+    "deepseek_v3": {"linear", "linear_add", "gated_linear", "rms_norm"},
 }
 WAYS = [("codegen", 2, name) for name in OPERATORS] + [
     ("codegen", 1, "llama"),
@@ -47,7 +47,7 @@ def test_tokens_are_those_without(backend, parts, name):
 
 
 def used(source):
-    ours = ("linear", "linear_add", "gated_linear", "rotary_append")
+    ours = ("linear", "linear_add", "gated_linear", "rotary_append", "rms_norm")
     return {name for name in ours if f"ops.nanoflow.{name}.default(" in source}
 
 

@@ -198,6 +198,7 @@ def packed_calls():
         fused_ops.linear: (hidden, weight, None),
         fused_ops.linear_add: (Operand(torch.zeros(6, 10), 0), hidden, weight),
         fused_ops.gated_linear: (hidden, weight, "silu"),
+        fused_ops.rms_norm: (hidden, Operand(torch.zeros(4)), 1e-6, False),
         fused_ops.rotary_append: (*rows, index, scores, 3, 0),
     }
 
