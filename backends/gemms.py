@@ -37,7 +37,8 @@ def choose_packed(unit: Unit, *, fixed: frozenset[str], mode: GemmMode) -> GemmC
     """The inputs of a program that are to be bound packed.
 
     ``fixed`` are the inputs made of parameters alone. ``auto`` takes those that measured faster,
-    and none where the copies would not fit into half of the memory that is free.
+    and none where the copies would not fit into half of the memory that is free; so does ``measure``,
+    whose own measurements are on a GPU.
     """
     if mode == "aten":
         return GemmChoice()

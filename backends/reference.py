@@ -14,9 +14,9 @@ from torch import fx
 
 from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.rows import merge, take
-from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
+from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, takes_part
 from nanoflow_compiler.errors import InvalidProgramError
-from nanoflow_compiler.graphs import map_nodes
+from nanoflow_compiler.graphs import is_handle, map_nodes
 from nanoflow_compiler.ir import (
     Instruction,
     Launch,

@@ -11,8 +11,8 @@ from torch import fx
 
 from nanoflow_compiler.backends.clusters import kernel_name
 from nanoflow_compiler.backends.packing import packed_addmm, packed_mm
-from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, is_handle, takes_part
-from nanoflow_compiler.graphs import is_size, map_nodes, overload, size_hint
+from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, takes_part
+from nanoflow_compiler.graphs import is_handle, is_size, map_nodes, overload, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order
 

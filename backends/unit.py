@@ -10,7 +10,7 @@ from nanoflow_compiler.graphs import overload
 from nanoflow_compiler.ir import Launch, Op, OpGraph, OpKind, Program, Read, Span
 from nanoflow_compiler.ir.replay import is_order
 
-__all__ = ["Binding", "Unit", "attention_parts", "is_handle", "takes_part"]
+__all__ = ["Binding", "Unit", "attention_parts", "takes_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,5 @@ def _launches(program: Program) -> Iterator[Launch]:
 
 def takes_part(node: fx.Node) -> bool:
     """Whether the last argument of a node is the part of the step that it works on."""
-    names = ("kv_append", "paged_attention", "attention")
+    names = ("kv_append", "rotary_append", "paged_attention", "attention")
     return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]
-
-
-def is_handle(node: fx.Node) -> bool:
-    """Whether a node is an append, whose result has no bytes and only orders."""
-    return overload(node) is getattr(torch.ops.nanoflow, "kv_append", None)

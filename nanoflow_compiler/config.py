@@ -15,13 +15,15 @@ __all__ = [
     "ClusterMode",
     "CompileConfig",
     "GemmMode",
+    "KernelMode",
     "TrainingMode",
     "cache_dir",
 ]
 
 BackendName = Literal["codegen", "reference"]
 ClusterMode = Literal["inductor", "eager"]
-GemmMode = Literal["auto", "aten", "packed"]
+GemmMode = Literal["auto", "aten", "packed", "measure"]
+KernelMode = Literal["auto", "own", "aten"]
 TrainingMode = Literal["inductor", "eager"]
 
 MAX_PARTS = 16
@@ -58,7 +60,11 @@ class CompileConfig:
     """How pointwise clusters run: compiled by Inductor, or as plain ATen calls."""
     gemms: GemmMode = "auto"
     """How GEMMs run on a CPU: by ``aten``, by oneDNN on ``packed`` copies of the weights, or ``auto``:
-    as measured faster on this machine, and none packed where the copies would not fit into memory."""
+    as measured faster on this machine, and none packed where the copies would not fit into memory.
+    ``measure`` is ``auto``, and on a GPU times each shape that the tables of kernels do not have."""
+    kernels: KernelMode = "auto"
+    """Operators that stand for several nodes: where our kernels serve the device and are faster
+    (``auto``), wherever they fit, also without a kernel (``own``), or nowhere (``aten``)."""
     fuse: bool = True
     """Merge linears that share an input into one GEMM."""
     training: TrainingMode = "inductor"
@@ -75,6 +81,7 @@ class CompileConfig:
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("clusters", self.clusters, get_args(ClusterMode))
         _check_choice("gemms", self.gemms, get_args(GemmMode))
+        _check_choice("kernels", self.kernels, get_args(KernelMode))
         _check_choice("training", self.training, get_args(TrainingMode))
         _check_choice("device", self.device, ("auto", *DEVICE_SPECS))
         for name in ("fuse", "cache"):

@@ -1,5 +1,6 @@
 """Small tools over FX graphs at the ATen level, used by passes and backends alike."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "has_effect",
     "input_tensors",
     "insert_call",
+    "is_handle",
     "is_size",
     "is_tensor",
     "map_nodes",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+_UNDEFINED = object()
 
 
 def overload(node: fx.Node) -> Any:
@@ -119,6 +122,18 @@ def has_effect(node: fx.Node) -> bool:
     target = node.target
     mutates = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
     return mutates or bool(node.is_impure())
+
+
+def is_handle(node: fx.Node) -> bool:
+    """Whether a node is the handle of an append, which has no bytes and only orders."""
+    if overload(node) is operator.getitem and node.args[1] == 1:
+        return overload(operand(node, 0)) is _ours("rotary_append")
+    return overload(node) is _ours("kv_append")
+
+
+def _ours(name: str) -> Any:
+    """An operator of ours, once it is defined; nothing is it before."""
+    return getattr(torch.ops.nanoflow, name, _UNDEFINED)
 
 
 def numel(value: torch.Tensor) -> int:

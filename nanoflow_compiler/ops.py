@@ -9,6 +9,7 @@ once :func:`attention` is written as its two halves. Tokens are packed: ``T`` ro
 # ruff: noqa: PLR0913, PLR0917 - the arguments of an operator are those of its schema
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,14 @@ from nanoflow_compiler.experts import ExpertWeights, run_experts
 from nanoflow_compiler.paged_attention import append, attend
 from nanoflow_compiler.scoring import Scoring
 
-__all__ = ["attention", "kv_append", "moe_experts", "paged_attention"]
+__all__ = ["attention", "define", "kv_append", "moe_experts", "paged_attention"]
 
 Kernel = Callable[..., Tensor]
 
 _LIBRARY = torch.library.Library("nanoflow", "FRAGMENT")
 
 
-def _define(schema: str, *, kernel: Kernel, fake: Kernel) -> Kernel:
+def define(schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Kernel:
     """The operator of ``schema``.
 
     A plain library entry and not ``torch.library.custom_op``, whose wrappers double the cost of a call.
@@ -139,28 +140,28 @@ _SETTINGS = (
 )
 
 # Appends keys and values [T, KV heads, dim] to the cache of `layer`, then attends: [T, heads, v dim].
-attention = _define(
+attention = define(
     f"attention(Tensor query, Tensor key, Tensor value, int layer, {_SETTINGS}) -> Tensor",
     kernel=_attention,
     fake=_attention_fake,
 )
 
 # The first half of `attention`. The handle is empty: it stands for the cache as the append left it.
-kv_append = _define(
+kv_append = define(
     "kv_append(Tensor key, Tensor value, int layer, int part) -> Tensor",
     kernel=_kv_append,
     fake=_kv_append_fake,
 )
 
 # The second half of `attention`.
-paged_attention = _define(
+paged_attention = define(
     f"paged_attention(Tensor query, Tensor kv_handle, int layer, int v_head_dim, {_SETTINGS}) -> Tensor",
     kernel=_paged_attention,
     fake=_paged_attention_fake,
 )
 
 # A mixture of experts, row by row: hidden [T, H] and its routing [T, k] to [T, H].
-moe_experts = _define(
+moe_experts = define(
     "moe_experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor up, Tensor down, "
     "Tensor? up_bias, Tensor? down_bias, str activation, bool gated, bool transposed) -> Tensor",
     kernel=_moe_experts,

@@ -16,13 +16,17 @@ from nanoflow_compiler.backends.unit import Unit
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.hardware import DeviceSpec
 from nanoflow_compiler.ir import OpGraph, Resource, Schedule
+from nanoflow_compiler.kernel_serving import serving_of
 from nanoflow_compiler.passes.axis import axis
 from nanoflow_compiler.passes.emit import emit
+from nanoflow_compiler.passes.epilogue import epilogue
 from nanoflow_compiler.passes.estimate import estimate
 from nanoflow_compiler.passes.fuse import fuse
 from nanoflow_compiler.passes.lift import bound_nodes, lift
 from nanoflow_compiler.passes.nano_split import nano_split
 from nanoflow_compiler.passes.normalize import normalize
+from nanoflow_compiler.passes.norms import norms
+from nanoflow_compiler.passes.rotary_append import rotary_append
 from nanoflow_compiler.passes.schedule import schedule
 from nanoflow_compiler.stepper import Stepper
 
@@ -49,6 +53,10 @@ def analyse(captured: CapturedGraph, *, config: CompileConfig, step: Stepper) ->
     weights = frozenset(captured.weights)
     graph = step(normalize, captured.module)
     graph = step(fuse, graph, weights=weights, merge=config.fuse)
+    if (serving := serving_of(graph, config=config)) is not None:
+        graph = step(epilogue, graph, weights=weights, serves=serving.linear)
+        graph = step(norms, graph, weights=weights, serves=serving.norm)
+        graph = step(rotary_append, graph, serves=serving.rotary)
     graph = step(axis, graph, seeds=captured.seeds)
     return step(lift, graph, weights=weights, tokens=captured.tokens)
 

@@ -33,6 +33,7 @@ from nanoflow_compiler.backends.gemm_timing import GemmShape, time_packed
 from nanoflow_compiler.backends.source import Function
 from nanoflow_compiler.config import CompileConfig, cache_dir
 from nanoflow_compiler.graphs import dtype_name
+from nanoflow_compiler.kernel_choice import identity_of
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.pipeline import CompiledGraph
 
@@ -57,6 +58,9 @@ def _identity(packed: PackedDecoder, config: CompileConfig) -> Iterator[str]:
     yield str(torch.get_num_threads())
     yield torch.cuda.get_device_name(packed.device) if packed.device.type == "cuda" else "cpu"
     yield repr({key: value for key, value in asdict(config).items() if key not in _NOT_KEYS})
+    if packed.device.type == "cuda":  # whose tables say which operators a graph has
+        own = config.gemms != "measure"  # while compiling, which changes what was measured
+        yield identity_of(torch.cuda.get_device_name(packed.device), with_measured=own)
     yield f"{packed.max_length} {type(packed.model).__qualname__}"
     yield Path(inspect.getfile(type(packed.model))).read_text(encoding="utf-8")
     yield packed.model.config.to_json_string(use_diff=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nanoflow_compiler.graphs import shape_of
+from nanoflow_compiler.graphs import is_handle, shape_of
 from nanoflow_compiler.passes.axis_rules import (
     RULES,
     Operands,
@@ -72,7 +72,9 @@ def _getitem(ops: Operands) -> Placement:
     source, index = ops.node.args
     assert isinstance(source, fx.Node)
     rows = source.meta["axis"].rows
-    if not isinstance(rows, tuple) or not isinstance(index, int) or rows[index] is None:
+    if not isinstance(rows, tuple) or not isinstance(index, int):
+        raise Refusal("takes an element without tokens")
+    if rows[index] is None and not is_handle(ops.node):
         raise Refusal("takes an element without tokens")
     return Placement(rows[index], {source.name: None})
 
@@ -211,12 +213,25 @@ def _packed(count: int) -> Any:
         for index in range(count):
             if isinstance(ops.arg(index), fx.Node):
                 ops.align(ops.arg(index), rows)
-        return ops.placed(rows if output_rank(ops) > 1 else None)
+        value = ops.node.meta["val"]
+        if isinstance(value, tuple | list):  # the last is the handle of an append
+            return ops.placed((*[rows] * (len(value) - 1), None))
+        return ops.placed(rows if value.ndim > 1 else None)
 
     return place
 
 
-PACKED_OPERATIONS = {"attention": 3, "kv_append": 2, "paged_attention": 1, "moe_experts": 3}
+PACKED_OPERATIONS = {
+    "attention": 3,
+    "kv_append": 2,
+    "paged_attention": 1,
+    "moe_experts": 3,
+    "linear": 1,
+    "linear_add": 2,
+    "gated_linear": 1,
+    "rms_norm": 1,
+    "rotary_append": 5,
+}
 
 
 def register_packed() -> None:

@@ -52,6 +52,11 @@ _OURS = {
     "paged_attention": OpKind.ATTENTION,
     "attention": OpKind.ATTENTION,
     "moe_experts": OpKind.EXPERTS,
+    "linear": OpKind.GEMM,
+    "linear_add": OpKind.GEMM,
+    "gated_linear": OpKind.GEMM,
+    "rotary_append": OpKind.KV_APPEND,
+    "rms_norm": OpKind.NORM,
 }
 _VIEWS = {
     *(aten.reshape, aten.view, aten.permute, aten.transpose, aten.t, aten.unsqueeze),

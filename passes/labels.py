@@ -27,7 +27,8 @@ def label_of(group: Group) -> str:
 
 def _product_label(node: fx.Node) -> str:
     shapes = [arg.meta["val"].shape for arg in node.args if isinstance(arg, fx.Node)]
-    right = ", ".join(map(str, shapes[-1]))
+    matrices = [shape for shape in shapes if len(shape) > 1]  # not the bias, which may be last
+    right = ", ".join(map(str, (matrices or shapes)[-1]))
     return f"{overload(node).__name__} [{right}]"
 
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
-from nanoflow_compiler.graphs import call_nodes, dtype_name, is_size, overload
+from nanoflow_compiler.graphs import call_nodes, dtype_name, is_handle, is_size
 from nanoflow_compiler.ir import Axis, Op, OpGraph, OpKind, Read, Resource, Value, ValueKind, Work
 from nanoflow_compiler.merging import merge_rows
 from nanoflow_compiler.passes.grouping import (
@@ -40,6 +39,7 @@ _RESOURCES = {
     OpKind.ATTENTION: Resource.MEMORY,
     OpKind.KV_APPEND: Resource.MEMORY,
     OpKind.CLUSTER: Resource.MEMORY,
+    OpKind.NORM: Resource.MEMORY,
     OpKind.COLLECTIVE: Resource.NETWORK,
     OpKind.VIEW: Resource.HOST,
     OpKind.SIZES: Resource.HOST,
@@ -111,11 +111,6 @@ def _value(node: fx.Node, axis: Axis | None) -> Value:
     return Value(node.name, ValueKind.DATA, shape, dtype, axis)
 
 
-def _is_handle(node: fx.Node) -> bool:
-    """The handle of an append orders operations and holds no bytes."""
-    return overload(node) is getattr(torch.ops.nanoflow, "kv_append", None)
-
-
 @dataclass(frozen=True, slots=True)
 class _Orders:
     """Order values of one operation: what it waits for and what it announces."""
@@ -170,7 +165,7 @@ def _lift_group(
 
 
 def _written_value(node: fx.Node, group: Group) -> Value:
-    if _is_handle(node):
+    if is_handle(node):
         return Value(f"!{node.name}", ValueKind.KV)
     rows = node.meta["axis"].rows
     splits = group.splits and isinstance(rows, Rows)
@@ -186,7 +181,7 @@ def _reads(group: Group) -> tuple[Read, ...]:
         for arg in node.all_input_nodes:
             if arg in inside:
                 continue
-            if _is_handle(arg):
+            if is_handle(arg):
                 reads[Read(f"!{arg.name}", prefix=group.splits)] = None
                 continue
             rows = ways.get(arg.name) if group.splits else None

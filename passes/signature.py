@@ -11,7 +11,7 @@ from nanoflow_compiler.passes.grouping import Group
 
 __all__ = ["signature_of"]
 
-_LAYER_ARGUMENT = {"kv_append": 2, "paged_attention": 2, "attention": 3}
+_LAYER_ARGUMENT = {"kv_append": 2, "paged_attention": 2, "attention": 3, "rotary_append": 5}
 
 
 def signature_of(group: Group, reads: tuple[Read, ...]) -> str:

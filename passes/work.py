@@ -1,5 +1,6 @@
 """FLOPs and bytes of an operation, as linear functions of its tokens."""
 
+import operator
 from collections.abc import Iterable
 from math import prod
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nanoflow_compiler.graphs import dtype_name, numel, overload, size_hint
+from nanoflow_compiler.graphs import dtype_name, numel, operand, overload, size_hint
 from nanoflow_compiler.ir import OpKind, Work
 from nanoflow_compiler.passes.grouping import Group, is_view
 
@@ -72,10 +73,10 @@ def _flops(node: fx.Node) -> float:
     packet = overload(node)
     if is_view(node) or _is_paged(node):  # whose context is counted apart
         return 0.0
-    if packet in (aten.mm, aten.bmm):
-        return 2.0 * prod(_hints(node)) * _hints(node.args[0])[-1]
-    if packet in (aten.addmm, aten.baddbmm):
-        return 2.0 * prod(_hints(node)) * _hints(node.args[1])[-1]
+    if packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, *_ours("linear_add")):
+        return _product_flops(node, left=node.args[-2])
+    if packet in _ours("linear", "gated_linear"):
+        return _product_flops(node, left=node.args[0], right=node.args[1])
     if "scaled_dot_product" in getattr(packet, "__name__", ""):
         query, key = _hints(node.args[0]), _hints(node.args[1])
         return 4.0 * prod(query) * key[-2]
@@ -83,6 +84,15 @@ def _flops(node: fx.Node) -> float:
         return _expert_flops(node)
     value = node.meta.get("val")
     return float(numel(value)) if isinstance(value, torch.Tensor) else 0.0
+
+
+def _ours(*names: str) -> list[Any]:
+    return [getattr(torch.ops.nanoflow, name, None) for name in names]
+
+
+def _product_flops(node: fx.Node, *, left: Any, right: Any = None) -> float:
+    """Of ``left @ right``, where the columns are those of the result unless ``right`` is given."""
+    return 2.0 * prod(_hints(left)) * _hints(right or node)[-1]
 
 
 def _expert_flops(node: fx.Node) -> float:
@@ -104,5 +114,12 @@ def _heads_times_width(node: fx.Node) -> int:
 def _kv_bytes_per_token(node: fx.Node) -> int:
     append = node.args[1]
     assert isinstance(append, fx.Node)
-    tensors = [arg for arg in append.args[:2] if isinstance(arg, fx.Node)]
-    return sum(prod(_hints(arg)[1:]) * arg.meta["val"].element_size() for arg in tensors)
+    if overload(append) is operator.getitem:  # of rotary_append, which begins with the queries
+        tensors = operand(append, 0).args[1:3]
+    else:
+        tensors = append.args[:2]
+    return sum(
+        prod(_hints(arg)[1:]) * arg.meta["val"].element_size()
+        for arg in tensors
+        if isinstance(arg, fx.Node)
+    )

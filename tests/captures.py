@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import fx
 
@@ -29,8 +30,8 @@ class Analysed:
 
 
 @cache
-def packed_llama(tokens: int = 512) -> Analysed:
-    """One packed step of a tiny Llama."""
+def packed_llama(tokens: int = 512, **options: Any) -> Analysed:
+    """One packed step of a tiny Llama, with these options of the compiler."""
     packed = PackedDecoder(llama(num_hidden_layers=NUM_LAYERS), max_length=MAX_LENGTH)
     captured = capture_step(packed, tokens=tokens)
-    return Analysed(captured, analyse(captured, config=CompileConfig(), step=Stepper()))
+    return Analysed(captured, analyse(captured, config=CompileConfig(**options), step=Stepper()))

@@ -46,7 +46,14 @@ def forbid_tracing(monkeypatch):
     monkeypatch.setattr(packed_module, "capture_step", refuse)
 
 
-@pytest.mark.parametrize("options", [{}, {"clusters": "eager", "parts": 2, "gemms": "packed"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clusters": "eager", "parts": 2, "gemms": "packed"},
+        {"kernels": "own", "parts": 2},
+    ],
+)
 def test_a_second_start_traces_nothing(checkpoint, cache, monkeypatch, options):
     expected = tokens(checkpoint, enforce_eager=True)
     assert tokens(checkpoint, options=options) == expected
@@ -79,6 +86,7 @@ def test_the_folder_depends_on_what_was_compiled(monkeypatch):
     different = [
         folder(model),
         folder(model, parts=2),
+        folder(model, kernels="own"),
         folder(model, max_length=MAX_LENGTH // 2),
         folder(llama(num_hidden_layers=1)),
         folder(llama(rms_norm_eps=0.1)),

@@ -37,6 +37,8 @@ class OpKind(StrEnum):
     EXPERTS = "experts"
     CLUSTER = "cluster"
     """Pointwise, norm, gather and shape nodes that are compiled into one kernel."""
+    NORM = "norm"
+    """A norm of rows with a kernel of ours."""
     VIEW = "view"
     """Shape changes only: no kernel at all."""
     SIZES = "sizes"

@@ -150,8 +150,8 @@ def retargeted(program: Program) -> Mutants:
 MUTATIONS = [dropped, duplicated, swapped, shrunk, retargeted]
 
 
-def real_plan(parts: int) -> Schedule:
-    ops = estimate(packed_llama().ops, device=DEVICE)
+def real_plan(parts: int, **options) -> Schedule:
+    ops = estimate(packed_llama(**options).ops, device=DEVICE)
     plan = schedule(nano_split(ops, parts=parts, device=DEVICE), device=DEVICE, lanes=3)
     assert len({slot.lane for slot in plan.slots}) > 1
     return plan
@@ -167,10 +167,11 @@ def test_no_mutant_of_a_random_program_survives(mutate, plan):
         assert is_refused(mutant, unit), f"{what}\n{program}"
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(("parts", "kernels"), [(2, "aten"), (3, "aten"), (2, "own")])
 @pytest.mark.parametrize("mutate", MUTATIONS)
-def test_no_mutant_of_a_real_program_survives(mutate, parts):
-    plan = real_plan(parts)
+def test_no_mutant_of_a_real_program_survives(mutate, parts, kernels):
+    """Also where one operation rotates and appends: attention reads what it makes, and its handle."""
+    plan = real_plan(parts, kernels=kernels)
     program, unit = emit(plan), unit_of(plan)
     assert not is_refused(program, unit)
     count = 0

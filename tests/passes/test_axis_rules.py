@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import row_compute_cases  # noqa: F401 - fills CASES
 import row_shape_cases  # noqa: F401
-from nanoflow_compiler import ops
+from nanoflow_compiler import fused_ops, ops
 from nanoflow_compiler.passes.axis import axis
 from nanoflow_compiler.passes.axis_compute_rules import is_pointwise, rule_of
 from nanoflow_compiler.passes.axis_rules import RULES
@@ -189,11 +189,17 @@ def packed_calls():
     limits = (0.5, 0, 0, 0.0, None, True, 0)
     hidden, index, scores = (Operand(torch.zeros(6, n), 0) for n in (4, 2, 2))
     experts = (Operand(torch.zeros(3, 8, 4)), Operand(torch.zeros(3, 4, 4)))
+    weight = Operand(torch.zeros(4, 10))
     return {
         ops.attention: (*rows, 3, *limits),
         ops.kv_append: (*rows[:2], 3, 0),
         ops.paged_attention: (rows[0], Operand(torch.empty(0)), 3, 4, *limits),
         ops.moe_experts: (hidden, index, scores, *experts, None, None, "silu", True, False),
+        fused_ops.linear: (hidden, weight, None),
+        fused_ops.linear_add: (Operand(torch.zeros(6, 10), 0), hidden, weight),
+        fused_ops.gated_linear: (hidden, weight, "silu"),
+        fused_ops.rms_norm: (hidden, Operand(torch.zeros(4)), 1e-6, False),
+        fused_ops.rotary_append: (*rows, index, scores, 3, 0),
     }
 
 
@@ -208,7 +214,9 @@ def test_packed_operations_are_placed_along_the_tokens(packet):
     axis(traced.module, seeds=traced.seeds)
     mark = traced.node.meta["axis"]
     assert mark.status is Status.TOKEN, mark
-    assert str(mark.rows) == ("None" if packet.__name__ == "kv_append" else "dim 0")
+    marks = mark.rows if isinstance(mark.rows, tuple) else (mark.rows,)
+    handles = {"kv_append": ["None"], "rotary_append": ["dim 0", "None"]}
+    assert list(map(str, marks)) == handles.get(packet.__name__, ["dim 0"])
     seeded = {name for name, _ in traced.seeds}
     assert {name for name, rows in mark.reads.items() if rows is not None} == seeded
 

@@ -1,0 +1,144 @@
+"""Linears by those of our kernels that ``kernel_choice`` names; each has a row in ``IMPLEMENTATIONS``.
+
+A kernel that cannot take what it is given (its strides, a type, too many rows) leaves it to ATen, so
+that a table may be wrong about speed and nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoflow_compiler.experts import ACTIVATIONS
+from nanoflow_compiler.kernel_choice import ATEN, Choice
+
+__all__ = ["IMPLEMENTATIONS", "Linear", "can_chain", "choices", "compute", "gate", "kernels_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A call: ``x [rows, depth] @ weight_t [depth, columns]``, and what is done with the product."""
+
+    x: Tensor
+    weight_t: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str = ""
+    """Of a gate, which is the first half of the columns; the second is what it multiplies."""
+
+
+Implementation = Callable[[Linear, Mapping[str, Any]], Tensor | None]
+
+
+def compute(call: Linear, *, choice: Choice) -> Tensor:
+    """The result, by ATen where ``choice`` says so or cannot take the call."""
+    run = None if choice == ATEN else IMPLEMENTATIONS.get(choice.implementation)
+    result = None if run is None else run(call, dict(choice.tiling))
+    return by_aten(call) if result is None else result
+
+
+def by_aten(call: Linear) -> Tensor:
+    """The product by ATen, then what follows it."""
+    if call.bias is None:
+        product = torch.mm(call.x, call.weight_t)
+    else:
+        product = torch.addmm(call.bias, call.x, call.weight_t)
+    if call.activation:
+        return gate(product, activation=call.activation)
+    return product if call.residual is None else call.residual + product
+
+
+def gate(product: Tensor, *, activation: str) -> Tensor:
+    """``act(gate) * up`` of a product ``[rows, 2 F]``."""
+    kernels = kernels_of("gated")
+    if kernels is not None and kernels.can_gate(product, activation=activation):
+        gated: Tensor = kernels.gate_rows(product, activation=activation)
+        return gated
+    first, second = product.chunk(2, dim=1)
+    return ACTIVATIONS[activation](first) * second
+
+
+def _persistent(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
+    kernels = kernels_of("gemm")
+    if kernels is None:
+        return None
+    given = {"tiling": kernels.GemmTiling(**tiling) if tiling else None}
+    x, weight = call.x, call.weight_t
+    result: Tensor | None = None
+    if call.activation:
+        if call.bias is None and kernels.can_gate(x, weight, activation=call.activation):
+            result = kernels.multiply_gated(x, weight, activation=call.activation, **given)
+    elif kernels.can_run(x, weight, bias=call.bias, residual=call.residual):
+        result = kernels.multiply(x, weight, bias=call.bias, residual=call.residual, **given)
+    return result
+
+
+def _few_rows(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
+    kernels = kernels_of("few_rows")
+    if kernels is None or not _fits_few_rows(kernels, call, tiling):
+        return None
+    chosen = kernels.FewRowsTiling(**tiling) if tiling else None
+    given = {"bias": call.bias, "tiling": chosen, "pdl": can_chain(call.x.device)}
+    weight = call.weight_t.t()
+    result: Tensor
+    if call.activation:
+        result = kernels.multiply_gated(call.x, weight, activation=call.activation, **given)
+    else:
+        result = kernels.multiply(call.x, weight, residual=call.residual, **given)
+    return result
+
+
+def _fits_few_rows(kernels: Any, call: Linear, tiling: Mapping[str, Any]) -> bool:
+    x, weight = call.x, call.weight_t.t()
+    if not tiling.get("uses_dot", True) and len(x) > kernels.MOST_ADDED_ROWS:
+        return False
+    if call.residual is not None and call.residual.stride(1) != 1:
+        return False
+    if call.activation:
+        return bool(kernels.can_gate_product(x, weight, activation=call.activation))
+    return bool(kernels.can_multiply(x, weight))
+
+
+def can_chain(device: torch.device) -> bool:
+    """Whether kernels may begin before the one in front of them has ended."""
+    kernels = kernels_of("pdl")
+    return kernels is not None and bool(kernels.can_chain(device))
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"persistent": _persistent, "few_rows": _few_rows}
+
+
+def choices(num_rows: int) -> Iterator[Choice]:
+    """What is worth timing for so many rows, beside ATen."""
+    few = kernels_of("few_rows")
+    if few is not None and num_rows <= few.MOST_ROWS:
+        yield from (_choice("few_rows", asdict(tiling)) for tiling in few.TILINGS)
+    if kernels_of("gemm") is not None and num_rows > _FEWEST_PERSISTENT_ROWS:
+        yield from (_choice("persistent", tiling) for tiling in _PERSISTENT)
+
+
+def _choice(implementation: str, tiling: Mapping[str, Any]) -> Choice:
+    return Choice(implementation, tuple(sorted(tiling.items())))
+
+
+_FEWEST_PERSISTENT_ROWS = 16
+_PERSISTENT: tuple[dict[str, Any], ...] = (
+    {"rows": 64, "columns": 128, "num_warps": 4, "store_columns": 64},
+    {"rows": 64, "columns": 256, "num_warps": 4},
+    {"rows": 128, "columns": 128, "num_warps": 4},
+    {"rows": 128, "columns": 256, "num_stages": 4, "num_warps": 8, "store_columns": 64},
+    {"rows": 128, "columns": 256, "num_stages": 3, "num_warps": 8},
+    {"rows": 256, "columns": 128, "num_stages": 4, "num_warps": 8, "store_columns": 64},
+)
+
+
+@cache
+def kernels_of(name: str) -> Any:
+    """One of our kernels' modules; None where there is none."""
+    full = f"nanoflow_compiler.kernels.{name}"
+    return import_module(full) if find_spec(full) is not None else None
