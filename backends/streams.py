@@ -47,7 +47,6 @@ def build(
     parts, cells = attention_parts(program, unit), program.num_cells
     if not has_lanes:
         return CodegenExecutable(function, parts=parts, cells=cells, path=path)
-    lane_streams(device, budgets)  # what the device lacks is told when the program is made
     return StreamsExecutable(
         function, parts=parts, cells=cells, path=path, device=device, budgets=budgets
     )
@@ -69,6 +68,7 @@ class StreamsExecutable(CodegenExecutable):
         super().__init__(function, parts=parts, cells=cells, path=path)
         self.device = device
         self.budgets = budgets
+        lane_streams(device, budgets)  # what the device lacks is told when the program is made
 
     def __call__(self, inputs: list[Any], cuts: tuple[int, ...]) -> list[Any]:
         """Outputs in the order of the graph, on the stream that is current."""
