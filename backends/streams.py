@@ -68,7 +68,8 @@ class StreamsExecutable(CodegenExecutable):
         super().__init__(function, parts=parts, cells=cells, path=path)
         self.device = device
         self.budgets = budgets
-        lane_streams(device, budgets)  # what the device lacks is told when the program is made
+        # What the device lacks is told when the program is made.
+        _, self.budget_kind = lane_streams(device, budgets)
 
     def __call__(self, inputs: list[Any], cuts: tuple[int, ...]) -> list[Any]:
         """Outputs in the order of the graph, on the stream that is current."""

@@ -23,7 +23,7 @@ class PackedStep:
     def __init__(self, compiled: CompiledGraph, weights: Sequence[Tensor]) -> None:
         self.compiled = compiled
         # Here, once, since weights cannot be merged in inference mode.
-        compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
+        compiled.binder.bind([*[None] * NUM_GIVEN, *weights])
         # The rest is merged and packed, so that the originals may go with the model.
         live = {position for _, position in compiled.binder.layout.live}
         self._live = [w if at in live else None for at, w in enumerate(weights, NUM_GIVEN)]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from nanoflow_compiler.backends import Executable, get_backend
-from nanoflow_compiler.backends.binding import InputBinder, InputLayout, write_binding
+from nanoflow_compiler.backends.binding import InputBinder, write_binding
 from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.gemm_timing import GemmShape
 from nanoflow_compiler.backends.gemms import GemmChoice, choose_packed
@@ -72,8 +72,7 @@ class Analysed:
 
     unit: Unit
     kernels: Kernels
-    layout: InputLayout
-    names: dict[str, Any]
+    binder: InputBinder
     tokens_at: tuple[int, int] | None
     measured: tuple[GemmShape, ...]
 
@@ -108,7 +107,8 @@ def analyse_graph(
         packed=gemms.packed,
     )
     unit = replace(unit, packed=gemms.packed, fixed=fixed, buffers=frozenset(captured.buffers))
-    return Analysed(unit, Kernels(), layout, names, _tokens_of(captured), gemms.measured)
+    binder = InputBinder(layout, names)
+    return Analysed(unit, Kernels(), binder, _tokens_of(captured), gemms.measured)
 
 
 def compile_analysed(
@@ -126,10 +126,10 @@ def compile_analysed(
     ]
     for cluster, source in analysed.kernels.sources.items():
         step.note(cluster, source)
-    step.note("binding", analysed.layout.source)
+    step.note("binding", analysed.binder.layout.source)
     return CompiledGraph(
         tuple(executables),
-        InputBinder(analysed.layout, analysed.names),
+        analysed.binder,
         analysed.kernels,
         decision,
         analysed.tokens_at,

@@ -14,7 +14,7 @@ CUTS = {
 }
 
 
-def make_block():
+def make_block(place="cpu"):
     """A gated block between a norm and a sum over all tokens so far, which no part can do alone."""
 
     def block(x, positions, table, scale, gate, up, down):
@@ -27,20 +27,21 @@ def make_block():
     generator = torch.Generator().manual_seed(0)
     shapes = {"table": (11, 16), "scale": (16,), "gate": (24, 16), "up": (24, 16), "down": (16, 24)}
     weights = {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator))
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(place))
         for name, shape in shapes.items()
     }
     tokens = {
         "x": torch.randn(TOKENS, 16, generator=generator),
         "positions": torch.randint(0, 11, (TOKENS,), generator=generator),
     }
+    tokens = {name: tensor.to(place) for name, tensor in tokens.items()}
     seeds = dict.fromkeys(tokens, 0)
     return trace(block, tokens | weights, tokens=seeds, weights=tuple(weights))
 
 
-def make_llama():
+def make_llama(place="cpu"):
     """The whole of a decoder on a batch: here a token of the graph is a prompt."""
-    model = llama()
+    model = llama().to(place)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     names = {name.replace(".", "_"): name for name in tensors}
 
@@ -50,7 +51,7 @@ def make_llama():
         return (functional_call(model, own, args=(), kwargs=kwargs).logits,)
 
     generator = torch.Generator().manual_seed(0)
-    ids = {"input_ids": torch.randint(3, 128, (TOKENS, 5), generator=generator)}
+    ids = {"input_ids": torch.randint(3, 128, (TOKENS, 5), generator=generator).to(place)}
     fixed = {name: tensors[names[name]] for name in names}
     weights = tuple(n for n, tensor in fixed.items() if isinstance(tensor, torch.nn.Parameter))
     return trace(logits, ids | fixed, tokens={"input_ids": 0}, weights=weights)

@@ -15,6 +15,13 @@ from nanoflow_compiler.pipeline import compile_graph
 from nanoflow_compiler.stepper import Stepper
 from traces import trace
 
+ON_GPU = {"streams", "cuda_graph"}
+EACH = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
+
+
+def place_of(backend):
+    return "cuda" if backend in ON_GPU else "cpu"
+
 
 def compiled(traced, *, backend, parts, clusters="eager"):
     config = CompileConfig(backend=backend, parts=parts, clusters=clusters)
@@ -30,24 +37,27 @@ def outputs_of(graph, traced, cuts):
 
 
 @pytest.mark.parametrize("parts", CUTS)
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_outputs_are_those_of_the_graph(name, backend, parts):
-    traced = GRAPHS[name]()
+    traced = GRAPHS[name](place_of(backend))
     with torch.no_grad():
         expected = traced.run()
     graph = compiled(traced, backend=backend, parts=parts)
     assert graph.executables[-1].num_cells == parts
     for cuts in CUTS[parts]:
-        assert_alike(outputs_of(graph, traced, cuts), expected)
+        for _ in range(3 if backend == "cuda_graph" else 1):  # launched, captured, replayed
+            assert_alike(outputs_of(graph, traced, cuts), expected)
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_backends_agree_bit_for_bit(name):
+def test_backends_agree_bit_for_bit(name, place):
     """Without compiled clusters every backend makes the same calls on the same tensors."""
+    names = [backend for backend in BACKENDS if place == "cuda" or backend not in ON_GPU]
     graphs = {
         backend: (compiled(traced, backend=backend, parts=3), traced)
-        for backend, traced in ((backend, GRAPHS[name]()) for backend in BACKENDS)
+        for backend, traced in ((backend, GRAPHS[name](place)) for backend in names)
     }
     for cuts in CUTS[3]:
         first, *others = [outputs_of(graph, traced, cuts) for graph, traced in graphs.values()]
@@ -65,7 +75,7 @@ def test_compiled_clusters_serve_any_cut():
         assert_alike(outputs_of(graph, traced, cuts), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_writes_to_inputs_arrive(backend):
     def store(x, cache, at):
         before = cache.sum(-1)
@@ -78,6 +88,7 @@ def test_writes_to_inputs_arrive(backend):
         "cache": torch.randn(TOKENS, 5, 4, generator=generator),
         "at": torch.tensor([3]),
     }
+    inputs = {name: tensor.to(place_of(backend)) for name, tensor in inputs.items()}
     traced = trace(store, inputs, tokens={"x": 0, "cache": 0})
     own = {name: tensor.clone() for name, tensor in inputs.items()}
     expected = store(**own)
@@ -86,9 +97,9 @@ def test_writes_to_inputs_arrive(backend):
     assert torch.equal(inputs["cache"], own["cache"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_source_and_close(backend):
-    traced = make_block()
+    traced = make_block(place_of(backend))
     graph = compiled(traced, backend=backend, parts=2)
     executable = graph.executables[-1]
     if backend == "reference":
