@@ -1,6 +1,7 @@
 """``bench ablation``: the plans of a step, on a model so small that a CPU runs it for a GPU."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nanoflow_compiler.bench.ablation_settings import AblationSettings
 from nanoflow_compiler.bench.one_step import make_step
 from nanoflow_compiler.bench.sustained import Sustained
 from nanoflow_compiler.cli import app
+from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.models.decoder import Decoder
 from tiny_models import llama
@@ -39,11 +41,13 @@ def faked(monkeypatch):
         return Sustained(us=seconds * 1e6, joules=1.0, watts=2.0, sm_mhz=3.0, num_calls=1)
 
     monkeypatch.setattr(ablation, "load_decoder", load)
+    monkeypatch.setattr(ablation, "CompileConfig", partial(CompileConfig, clusters="eager"))
     monkeypatch.setattr(ablation, "measure_replays", measure)
     monkeypatch.setattr(ablation, "_check_device", lambda _: None)
 
 
-def test_all_plans_find_the_logits_of_the_sequence(faked):
+@pytest.mark.usefixtures("faked")
+def test_all_plans_find_the_logits_of_the_sequence():
     found = measure_ablation("tiny", SMALL)
     names = [(result["name"], result["order"]) for result in found["plans"]]
     assert names[0] == ("sequence", "decodes-first")
@@ -56,7 +60,8 @@ def test_all_plans_find_the_logits_of_the_sequence(faked):
         assert result["predicted_us"] > 0
 
 
-def test_what_is_printed_and_written(faked, tmp_path):
+@pytest.mark.usefixtures("faked")
+def test_what_is_printed_and_written(tmp_path):
     path = tmp_path / "found.json"
     flags = "--decodes 4 --context 9 --prompt-tokens 4 --prompt-len 4 --memory-sms 40"
     call = ["bench", "ablation", "tiny", *flags.split(), "--device", "cpu", "--output", str(path)]
@@ -68,8 +73,9 @@ def test_what_is_printed_and_written(faked, tmp_path):
     assert written["settings"]["context"] == 9
 
 
-def test_a_plan_that_is_not_captured_says_why(faked, monkeypatch):
-    def refuse(self, bucket):
+@pytest.mark.usefixtures("faked")
+def test_a_plan_that_is_not_captured_says_why(monkeypatch):
+    def refuse(*_):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(ablation.StepGraphs, "_capture", refuse)
@@ -95,7 +101,7 @@ def test_a_step_by_hand(order):
         )
     ]
     assert len(set().union(*written)) == sum(map(len, written))
-    read = [set(table[:1]) for table, n in zip(batch.block_tables, batch.query_lens) if n == 1]
+    read = [set(table[:1]) for table in batch.block_tables[batch.query_lens == 1]]
     assert not set().union(*read) & set().union(*written)
     first = make_step(SMALL, "decodes-first", num_blocks=30, vocab_size=100).batch
     starts = np.cumsum(batch.query_lens) - batch.query_lens
