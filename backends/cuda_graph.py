@@ -218,7 +218,7 @@ class CudaGraphExecutable:
         if len(self._captured) >= MAX_GRAPHS:
             return f"there are {MAX_GRAPHS} graphs already"
         tensors = [item for item in inputs if isinstance(item, Tensor)]
-        if any(tensor.device.type != "cuda" for tensor in tensors):
+        if not all(map(on_gpu, tensors)):
             return "an input is on the CPU, where a graph cannot read it"
         if any(torch._debug_has_internal_overlap(tensor) == 1 for tensor in tensors):
             return "entries of an input share their memory"
@@ -230,6 +230,11 @@ class CudaGraphExecutable:
         warnings.warn(
             f"no more calls are captured as CUDA graphs, they run launched: {reason}", stacklevel=4
         )
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """A graph reads no other memory."""
+    return tensor.device.type == "cuda"
 
 
 def _copies(outputs: Sequence[Any], *, held: Sequence[Any]) -> list[Any]:
