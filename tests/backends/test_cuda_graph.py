@@ -136,9 +136,11 @@ def test_a_failed_capture_is_told_once_and_calls_go_on(graphs, monkeypatch):
 
     monkeypatch.setattr(FakePool, "capture_held", fail)
 
+    weight = torch.ones(1)
+
     def call_all():
         for value in range(5):
-            found = graphs([torch.full((2,), float(value)), torch.ones(1), None], (0, 1))
+            found = graphs([torch.full((2,), float(value)), weight, None], (0, 1))
             assert found[0].tolist() == [2.0 * value] * 2
 
     with pytest.warns(UserWarning, match="run launched: operation not permitted") as told:
