@@ -1,7 +1,7 @@
 """Backends: each turns a Program and its unit (operations and graph) into something to call.
 
-A backend is one file with ``build(program, *, unit, kernels, clusters, path) -> Executable``, and one
-row in the table below. They are imported when asked for, so the package itself touches no device.
+A backend is one file with ``build(program, *, unit, kernels, clusters, path, budgets) -> Executable``,
+and one row in the table below. They are imported when asked for, so the package itself touches no device.
 """
 
 if __name__ != "nanoflow_compiler.backends":
@@ -17,6 +17,8 @@ __all__ = ["BACKENDS", "Backend", "Executable", "get_backend"]
 
 BACKENDS = {
     "codegen": "nanoflow_compiler.backends.codegen",
+    "streams": "nanoflow_compiler.backends.streams",
+    "cuda_graph": "nanoflow_compiler.backends.cuda_graph",
     "reference": "nanoflow_compiler.backends.reference",
 }
 
@@ -44,12 +46,20 @@ class Backend(Protocol):
     """What a backend's module offers."""
 
     def build(
-        self, program: Any, *, unit: Any, kernels: Any, clusters: str, path: Path | None
+        self,
+        program: Any,
+        *,
+        unit: Any,
+        kernels: Any,
+        clusters: str,
+        path: Path | None,
+        budgets: Any,
     ) -> Executable:
         """The executable of ``program``.
 
         ``kernels`` are compiled clusters to share between programs, ``clusters`` says whether to
-        use them (``inductor``) or plain ATen (``eager``), ``path`` is where to keep the source.
+        use them (``inductor``) or plain ATen (``eager``), ``path`` is where to keep the source, ``budgets``
+        say what a launch on a share of the device means.
         """
 
 

@@ -132,9 +132,13 @@ class InputBinder:
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
         """The inputs' values in order."""
+        self.bind(values)
+        return self.fill(values)
+
+    def bind(self, values: Sequence[Any]) -> None:
+        """View, merge and pack the parameters, unless that was done of just these."""
         if self._state(values) != self._key:
             self.rebind(values)
-        return self.fill(values)
 
     def fill(self, values: Sequence[Any]) -> list[Any]:
         """As a call, for who knows that no parameter was written to or moved."""

@@ -35,10 +35,16 @@ __all__ = ["ReferenceExecutable", "build"]
 
 
 def build(
-    program: Program, *, unit: Unit, kernels: Kernels, clusters: str, path: Path | None
+    program: Program,
+    *,
+    unit: Unit,
+    kernels: Kernels,
+    clusters: str,
+    path: Path | None,
+    budgets: Any = None,
 ) -> "ReferenceExecutable":
     """An interpreter of the program; clusters always run as the ATen nodes that they are."""
-    del kernels, clusters
+    del kernels, clusters, budgets
     executable = ReferenceExecutable(program, unit)
     if path is not None:
         path.with_suffix(".txt").write_text(executable.source, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Python text of a Program: which line computes what, under which name."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from nanoflow_compiler.backends.clusters import kernel_name
+from nanoflow_compiler.backends.lifetimes import Line, find_deletions
 from nanoflow_compiler.backends.packing import packed_addmm, packed_mm
 from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, takes_part
 from nanoflow_compiler.graphs import is_handle, is_size, map_nodes, overload, size_hint
@@ -33,15 +34,21 @@ _TAKEN = {
     "bind",
     "cuts",
     "inputs",
+    "lanes",
     "merge",
     "ops",
     "pack",
+    "record",
     "run",
     "take",
     "take_dense",
     "torch",
+    "use",
     "values",
+    "wait",
 }
+_ALLOCATES = {"mm", "addmm", "bmm", "baddbmm"}
+"""ATen calls whose results are in memory of their own, as those of our operators are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,33 +60,73 @@ class Function:
 
 
 @dataclass(slots=True)
-class _Line:
-    text: str
-    makes: tuple[str, ...] = ()
-    uses: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
 class _Writer:
     program: Program
     unit: Unit
     kernel_of: Callable[[Op], Any] | None
-    lines: list[_Line] = field(default_factory=list)
+    num_sms: int | None
+    """Of the device, where lanes are streams; None where they are comments."""
+    lines: list[Line] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=dict)
     layer: int | None = None
+    lane: int = 0
+    sms: dict[int, int] = field(default_factory=dict)
+    """What each lane has now."""
+    waits: dict[int, list[Wait]] = field(default_factory=dict)
+    """To be written when their lane goes on: first it changes to the stream that it goes on with."""
 
     def comment(self, text: str) -> None:
-        self.lines.append(_Line(f"# {text}"))
+        self.lines.append(Line(f"# {text}"))
 
-    def add(self, text: str, *, makes: Iterable[str], uses: Iterable[str]) -> None:
-        self.lines.append(_Line(text, tuple(makes), tuple(uses)))
+    def add(
+        self, text: str, *, makes: Sequence[str], uses: Sequence[str], is_fresh: bool = False
+    ) -> None:
+        lane = 0 if self.num_sms is None else self.lane
+        self.lines.append(Line(text, tuple(makes), tuple(uses), lane, is_fresh))
+
+    def event(self, instruction: Record | Wait) -> None:
+        """Ordering between lanes."""
+        if self.num_sms is None:
+            self.comment(str(instruction))
+        elif isinstance(instruction, Wait):
+            self.waits.setdefault(instruction.lane, []).append(instruction)
+        else:
+            self.write_waits(instruction.lane)
+            text = f"record(lane={instruction.lane}, event={instruction.event})"
+            self.lines.append(Line(text, event=instruction))
+
+    def enter(self, lane: int, *, sms: int | None = None) -> None:
+        """What follows is on this lane, with so many SMs; None: with what it had before."""
+        if self.num_sms is None:
+            return
+        before = self.sms.get(lane, self.num_sms)
+        wanted = sms or before
+        if lane != self.lane or wanted != before:
+            share = f", sms={wanted}" if wanted < self.num_sms else ""
+            self.lines.append(Line(f"use(lane={lane}{share})"))
+        self.lane, self.sms[lane] = lane, wanted
+        self.write_waits(lane)
+
+    def write_waits(self, lane: int) -> None:
+        for wait in self.waits.pop(lane, []):
+            text = f"wait(lane={wait.lane}, event={wait.event})"
+            self.lines.append(Line(text, event=wait))
 
 
 def write_function(
-    program: Program, *, unit: Unit, kernel_of: Callable[[Op], Any] | None, title: str
+    program: Program,
+    *,
+    unit: Unit,
+    kernel_of: Callable[[Op], Any] | None,
+    title: str,
+    num_sms: int | None = None,
 ) -> Function:
-    """The function of a program; clusters call ``kernel_of(op)``, or are spelled out if None."""
-    writer = _Writer(program, unit, kernel_of)
+    """The function of a program; clusters call ``kernel_of(op)``, or are spelled out if None.
+
+    With ``num_sms``, those that the program was planned for, it runs lanes as streams: it is called
+    as ``run(inputs, cuts, lanes)`` then.
+    """
+    writer = _Writer(program, unit, kernel_of, num_sms)
     for instruction in program.instructions:
         match instruction:
             case Launch():
@@ -89,7 +136,8 @@ def write_function(
             case Merge():
                 _merge(writer, instruction)
             case Record() | Wait():
-                writer.comment(str(instruction))
+                writer.event(instruction)
+    writer.write_waits(0)
     return Function(_assemble(writer, title), writer.names)
 
 
@@ -102,6 +150,7 @@ def variable(name: str, span: Span | None = None) -> str:
 
 def _launch(writer: _Writer, launch: Launch) -> None:
     op = writer.unit.ops[launch.op]
+    writer.enter(launch.lane, sms=launch.sms)
     _announce(writer, launch, op)
     binding = Binding.of(launch, op)
     if op.kind is OpKind.CLUSTER and writer.kernel_of is not None:
@@ -155,9 +204,17 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
     else:
         call = call_text(node, args, kwargs, names=writer.names)
     if node.users:
-        writer.add(f"{result} = {call}", makes=[result], uses=uses)
+        writer.add(f"{result} = {call}", makes=[result], uses=uses, is_fresh=_allocates(node))
     else:
         writer.add(call, makes=(), uses=uses)
+
+
+def _allocates(node: fx.Node) -> bool:
+    """Whether the result is in new memory for sure."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target.namespace == "nanoflow" or target.overloadpacket.__name__ in _ALLOCATES
 
 
 def _packed_call(node: fx.Node, args: Any, names: dict[str, Any]) -> str:
@@ -218,6 +275,7 @@ def _sequence(items: list[Any] | tuple[Any, ...]) -> str:
 
 
 def _split(writer: _Writer, split: Split) -> None:
+    writer.enter(split.lane)
     source, target = split.source, split.target
     cells = (0, writer.program.num_cells) if source.dim is None else (source.first, source.last)
     take = "take_dense" if _needs_copy(writer.unit, target) else "take"
@@ -242,33 +300,37 @@ def _needs_copy(unit: Unit, span: Span) -> bool:
 
 
 def _merge(writer: _Writer, merge: Merge) -> None:
+    writer.enter(merge.lane)
     made = variable(merge.target.value, merge.target)
     used = [variable(span.value, span) for span in merge.sources]
     writer.add(f"{made} = merge([{', '.join(used)}], {merge.dim})", makes=[made], uses=used)
 
 
 def _assemble(writer: _Writer, title: str) -> str:
-    """The function's text, with a ``del`` behind the last use of what it made."""
+    """The function's text, with a ``del`` where what it made is no longer needed by any lane."""
     inputs = [variable(name) for name in writer.program.inputs]
     returned, kept = _returned(writer.unit)
-    last: dict[str, int] = {}
-    for at, line in enumerate(writer.lines):
-        last.update(dict.fromkeys([*line.makes, *line.uses], at))
-    dead: dict[int, list[str]] = {}
-    for name, at in last.items():
-        if name not in kept:
-            dead.setdefault(at, []).append(name)
-    body = list(_body(writer.lines, dead))
+    has_lanes = writer.num_sms is not None
+    num_lanes = writer.program.num_lanes if has_lanes else 1
+    dead = find_deletions(writer.lines, inputs=inputs, kept=kept, num_lanes=num_lanes)
     unpack = f"    ({', '.join(inputs)},) = inputs" if inputs else "    del inputs"
-    head = [f'"""{title}."""', "", "", "def run(inputs, cuts):", unpack]
-    return "\n".join([*head, *body, f"    return {returned}", ""])
+    head = [f'"""{title}."""', "", ""]
+    if has_lanes:
+        head += ["def run(inputs, cuts, lanes):", f"    {_LANES}"]
+    else:
+        head += ["def run(inputs, cuts):"]
+    body = _body(writer.lines, dead)
+    return "\n".join([*head, unpack, *body, f"    return {returned}", ""])
 
 
-def _body(lines: list[_Line], dead: dict[int, list[str]]) -> Iterator[str]:
+_LANES = "use, record, wait = lanes.use, lanes.record, lanes.wait"
+
+
+def _body(lines: Sequence[Line], dead: dict[int, list[str]]) -> Iterator[str]:
     for at, line in enumerate(lines):
         yield "" if line.text == "# " else f"    {line.text}"
         if at in dead:
-            yield f"    del {', '.join(sorted(dead[at]))}"
+            yield f"    del {', '.join(dead[at])}"
 
 
 def _returned(unit: Unit) -> tuple[str, set[str]]:

@@ -10,7 +10,7 @@ from nanoflow_compiler.graphs import overload
 from nanoflow_compiler.ir import Launch, Op, OpGraph, OpKind, Program, Read, Span
 from nanoflow_compiler.ir.replay import is_order
 
-__all__ = ["Binding", "Unit", "attention_parts", "takes_part"]
+__all__ = ["Binding", "Unit", "attention_parts", "device_of", "takes_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,10 @@ class Unit:
     nodes: dict[str, fx.Node]
     packed: frozenset[str] = frozenset()
     """Inputs that are bound packed for oneDNN; see ``gemms``."""
+    fixed: frozenset[str] = frozenset()
+    """Inputs that are parameters, or computed of them alone."""
+    buffers: frozenset[str] = frozenset()
+    """Inputs that belong to the model beside them, such as a static KV cache."""
 
     @classmethod
     def of(cls, graph: OpGraph, module: fx.GraphModule) -> "Unit":
@@ -60,6 +64,14 @@ class Binding:
         """The span that ``node`` sees as ``arg``; None for what the operation makes itself."""
         in_parts = self.splits and node.meta["axis"].reads.get(arg.name) is not None
         return self.spans.get((arg.name, in_parts))
+
+
+def device_of(unit: Unit) -> torch.device:
+    """The GPU that its inputs are on; else the CPU."""
+    values = (unit.nodes[name].meta.get("val") for name in unit.graph.inputs)
+    places = {value.device for value in values if isinstance(value, torch.Tensor)}
+    found = sorted((place for place in places if place.type == "cuda"), key=str)
+    return found[0] if found else torch.device("cpu")
 
 
 def attention_parts(program: Program, unit: Unit) -> tuple[tuple[int, int], ...]:

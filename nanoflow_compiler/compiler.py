@@ -176,7 +176,19 @@ def _captured_batch(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     seeds = _batch_seeds(module, example_inputs)
     nodes = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
     tokens = size_hint(nodes[seeds[0][0]].meta["val"].shape[0]) if seeds else 1
-    return CapturedGraph(module, weight_names(module, example_inputs), seeds, tokens)
+    weights = weight_names(module, example_inputs)
+    buffers = _buffer_names(module, example_inputs)
+    return CapturedGraph(module, weights, seeds, tokens, buffers=buffers)
+
+
+def _buffer_names(module: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, ...]:
+    """Placeholders that belong to the model and are no parameters."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(example_inputs):
+        return ()
+    pairs = zip(placeholders, example_inputs, strict=True)
+    kept = [(n, i) for n, i in pairs if not isinstance(i, torch.nn.Parameter)]
+    return tuple(node.name for node, item in kept if _belongs_to_model(item))
 
 
 def _batch_seeds(

@@ -16,18 +16,21 @@ __all__ = [
     "CompileConfig",
     "GemmMode",
     "KernelMode",
+    "SmBudgets",
     "TrainingMode",
     "cache_dir",
 ]
 
-BackendName = Literal["codegen", "reference"]
+BackendName = Literal["auto", "codegen", "streams", "cuda_graph", "reference"]
 ClusterMode = Literal["inductor", "eager"]
 GemmMode = Literal["auto", "aten", "packed", "measure"]
 KernelMode = Literal["auto", "own", "aten"]
+SmBudgets = Literal["green", "ctas", "none"]
 TrainingMode = Literal["inductor", "eager"]
 
 MAX_PARTS = 16
 MAX_LANES = 8
+MAX_SMS = 1024
 
 
 def cache_dir() -> Path:
@@ -50,12 +53,19 @@ class CompileConfig:
 
     parts: int | Literal["auto"] = "auto"
     """Nano-batches that each splittable operation is cut into; ``"auto"`` asks the estimate."""
-    backend: BackendName = "codegen"
-    """``codegen`` runs generated Python; ``reference`` interprets the program and checks it."""
+    backend: BackendName = "auto"
+    """``codegen`` runs generated Python, ``streams`` its lanes on streams of a GPU, ``cuda_graph`` captures
+    that for each kind of call, ``reference`` interprets the program and checks it; ``auto`` is ``streams``
+    for a plan of several lanes on a GPU, and else ``codegen``."""
     device: str = "auto"
     """Name of the :class:`DeviceSpec` to plan for; ``"auto"`` is the device of the inputs."""
     lanes: int | Literal["auto"] = "auto"
     """Lanes (concurrent streams) of the schedule; ``"auto"`` is what the device gains from."""
+    sm_budgets: SmBudgets = "green"
+    """What keeps lanes to their share of a GPU: green contexts, the numbers of thread blocks of our own
+    kernels (``ctas``), or nothing."""
+    memory_sms: int | Literal["auto"] = "auto"
+    """SMs of the memory lane beside others; ``"auto"`` is what about saturates memory (40 of an H200's)."""
     clusters: ClusterMode = "inductor"
     """How pointwise clusters run: compiled by Inductor, or as plain ATen calls."""
     gemms: GemmMode = "auto"
@@ -78,6 +88,8 @@ class CompileConfig:
         """Refuse values that no later step could use."""
         _check_count("parts", self.parts, most=MAX_PARTS)
         _check_count("lanes", self.lanes, most=MAX_LANES)
+        _check_count("memory_sms", self.memory_sms, most=MAX_SMS)
+        _check_choice("sm_budgets", self.sm_budgets, get_args(SmBudgets))
         _check_choice("backend", self.backend, get_args(BackendName))
         _check_choice("clusters", self.clusters, get_args(ClusterMode))
         _check_choice("gemms", self.gemms, get_args(GemmMode))

@@ -30,7 +30,7 @@ class PackedStep:
         """What took how long to come here."""
         # Here, once, since weights cannot be merged in inference mode.
         with self.seconds.stage("bind"):
-            compiled.binder.rebind([*[None] * NUM_GIVEN, *weights])
+            compiled.binder.bind([*[None] * NUM_GIVEN, *weights])
         # The rest is merged and packed, so that the originals may go with the model.
         live = {position for _, position in compiled.binder.layout.live}
         self._live = [w if at in live else None for at, w in enumerate(weights, NUM_GIVEN)]

@@ -23,6 +23,7 @@ from nanoflow_compiler.decode_attention import Decodes, Heads, attend_decodes, p
 from nanoflow_compiler.errors import CaptureError
 from nanoflow_compiler.kv_cache import HeadPages, KVCache, RowTables
 from nanoflow_compiler.scoring import Scoring
+from nanoflow_compiler.sm_budget import budget, sm_budget
 
 if TYPE_CHECKING:
     from nanoflow_compiler.kernels.paged_decode import PageReads
@@ -128,6 +129,8 @@ class PlanKey:
     visibility: Visibility
     heads: Heads | None = None
     """Where a kernel reads the tables of a layer."""
+    num_sms: int | None = None
+    """For which its work is divided; None: all of the device."""
     tables: RowTables | HeadPages | None = field(default=None, compare=False)
     """Of any of the layers."""
     is_plain: bool = False
@@ -148,14 +151,18 @@ class PlanKey:
                 "attention is planned on the host, because its kernels need heads of multiples of 16 "
                 "bytes and a GPU of compute capability 9.0"
             )
+        with sm_budget(self.num_sms):
+            return self._gpu_plan(self.tables, room)
+
+    def _gpu_plan(self, tables: HeadPages, room: Room) -> Plan:
         assert self.heads is not None
         reads = _gpu("paged_decode").reads_with_room(
-            self.tables, visibility=self.visibility, num_pages=room.num_decode_pages
+            tables, visibility=self.visibility, num_pages=room.num_decode_pages
         )
         if not room.has_prompts:
             return Plan((), reads)
         tiles = _gpu("prompts").with_room(
-            self.tables,
+            tables,
             num_heads=self.heads.num_heads,
             visibility=self.visibility,
             is_plain=self.is_plain,
@@ -175,10 +182,11 @@ def plan_of(
 ) -> Plan:
     """Made when first asked for.
 
-    A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads`` and
-    on whether scores ``is_plain``: the layers that share those share its index tensors and masks.
+    A plan depends on the part, on what is visible and, where a kernel reads ``tables``, on ``heads`` and on
+    whether scores ``is_plain``: the layers that share those, and as many multiprocessors, share its index
+    tensors and masks.
     """
-    key = PlanKey(visibility, heads, tables, is_plain) if tables else PlanKey(visibility)
+    key = PlanKey(visibility, heads, budget(), tables, is_plain) if tables else PlanKey(visibility)
     if key not in part.plans:
         part.plans[key] = _plan(Requests.of(part), key)
     plan: Plan = part.plans[key]

@@ -11,8 +11,9 @@ from nanoflow_compiler.backends.binding import InputBinder, write_binding
 from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.gemm_timing import GemmShape
 from nanoflow_compiler.backends.gemms import GemmChoice, choose_packed
+from nanoflow_compiler.backends.lanes import Budgets
 from nanoflow_compiler.backends.rows import even_cuts
-from nanoflow_compiler.backends.unit import Unit
+from nanoflow_compiler.backends.unit import Unit, device_of
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.hardware import DeviceSpec
 from nanoflow_compiler.ir import OpGraph, Resource, Schedule
@@ -30,7 +31,15 @@ from nanoflow_compiler.passes.rotary_append import rotary_append
 from nanoflow_compiler.passes.schedule import schedule
 from nanoflow_compiler.stepper import Stepper
 
-__all__ = ["CapturedGraph", "CompiledGraph", "analyse", "compile_graph"]
+__all__ = [
+    "Analysed",
+    "CapturedGraph",
+    "CompiledGraph",
+    "analyse",
+    "analyse_graph",
+    "compile_analysed",
+    "compile_graph",
+]
 
 _AUTO_PARTS = (2, 3, 4)
 
@@ -46,6 +55,10 @@ class CapturedGraph:
     """Placeholders and dimensions that hold the tokens; empty where nothing can be split."""
     tokens: int
     """Tokens to plan for."""
+    kv_tokens: int = 512
+    """Tokens of context that each of them attends to, where a cache is paged."""
+    buffers: tuple[str, ...] = ()
+    """Placeholders that belong to the model and are no parameters."""
 
 
 def analyse(captured: CapturedGraph, *, config: CompileConfig, step: Stepper) -> OpGraph:
@@ -58,7 +71,18 @@ def analyse(captured: CapturedGraph, *, config: CompileConfig, step: Stepper) ->
         graph = step(norms, graph, weights=weights, serves=serving.norm)
         graph = step(rotary_append, graph, serves=serving.rotary)
     graph = step(axis, graph, seeds=captured.seeds)
-    return step(lift, graph, weights=weights, tokens=captured.tokens)
+    return step(lift, graph, weights=weights, tokens=captured.tokens, kv_tokens=captured.kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """What does not depend on the choice of parts, lanes and budgets: several plans may share it."""
+
+    unit: Unit
+    kernels: Kernels
+    binder: InputBinder
+    tokens_at: tuple[int, int] | None
+    measured: tuple[GemmShape, ...]
 
 
 def compile_graph(
@@ -69,23 +93,20 @@ def compile_graph(
     step: Stepper,
 ) -> "CompiledGraph":
     """Run the whole pipeline; the unsplit program is always built too."""
+    analysed = analyse_graph(captured, config=config, device=device, step=step)
+    return compile_analysed(analysed, config=config, device=device, step=step)
+
+
+def analyse_graph(
+    captured: CapturedGraph, *, config: CompileConfig, device: DeviceSpec, step: Stepper
+) -> Analysed:
+    """The first half of the pipeline."""
     ops = step(estimate, analyse(captured, config=config, step=step), device=device)
-    whole = _plan(ops, parts=1, config=config, device=device, step=step)
-    chosen, decision = _choose(whole, ops, config=config, device=device, step=step)
     weights = frozenset(captured.weights)
     bound = bound_nodes(captured.module, weights)
+    fixed = weights | {node.name for node in bound}
     unit = Unit.of(ops, captured.module)
-    gemms = _choose_gemms(unit, fixed=weights | {node.name for node in bound}, config=config)
-    unit = replace(unit, packed=gemms.packed)
-    kernels = Kernels()
-    step.note("decision", decision)
-    plans = [whole] if chosen is whole else [whole, chosen]
-    executables = [
-        _build(plan, unit, kernels, config=config, step=step, name=f"program_{at}")
-        for at, plan in enumerate(plans)
-    ]
-    for cluster, source in kernels.sources.items():
-        step.note(cluster, source)
+    gemms = _choose_gemms(unit, fixed=fixed, config=config)
     layout, names = write_binding(
         captured.module,
         inputs=ops.inputs,
@@ -93,16 +114,35 @@ def compile_graph(
         bound=bound,
         packed=gemms.packed,
     )
-    step.note("binding", layout.source)
+    unit = replace(unit, packed=gemms.packed, fixed=fixed, buffers=frozenset(captured.buffers))
     binder = InputBinder(layout, names)
+    return Analysed(unit, Kernels(), binder, _tokens_of(captured), gemms.measured)
+
+
+def compile_analysed(
+    analysed: Analysed, *, config: CompileConfig, device: DeviceSpec, step: Stepper
+) -> "CompiledGraph":
+    """The second half, which may be run again with other options."""
+    unit, ops = analysed.unit, analysed.unit.graph
+    whole = _plan(ops, parts=1, config=config, device=device, step=step)
+    chosen, decision = _choose(whole, ops, config=config, device=device, step=step)
+    step.note("decision", decision)
+    plans = [whole] if chosen is whole else [whole, chosen]
+    executables = [
+        _build(plan, unit, analysed.kernels, config=config, step=step, name=f"program_{at}")
+        for at, plan in enumerate(plans)
+    ]
+    for cluster, source in analysed.kernels.sources.items():
+        step.note(cluster, source)
+    step.note("binding", analysed.binder.layout.source)
     return CompiledGraph(
         tuple(executables),
-        binder,
-        kernels,
+        analysed.binder,
+        analysed.kernels,
         decision,
-        _tokens_of(captured),
+        analysed.tokens_at,
         tuple(plans),
-        gemms.measured,
+        analysed.measured,
     )
 
 
@@ -118,7 +158,8 @@ def _plan(
 ) -> Schedule:
     nano = step(nano_split, ops, parts=parts, device=device)
     lanes = _lanes(ops, device) if config.lanes == "auto" else config.lanes
-    return step(schedule, nano, device=device, lanes=1 if parts == 1 else lanes)
+    lanes = 1 if parts == 1 else lanes
+    return step(schedule, nano, device=device, lanes=lanes, memory_sms=config.memory_sms)
 
 
 def _lanes(ops: OpGraph, device: DeviceSpec) -> int:
@@ -160,8 +201,30 @@ def _build(
 ) -> Executable:
     program = step(emit, plan)
     path = step.dump / f"{name}.py" if step.dump else None
-    backend = get_backend(config.backend)
-    return backend.build(program, unit=unit, kernels=kernels, clusters=config.clusters, path=path)
+    backend = get_backend(_backend_name(config, plan, unit))
+    return backend.build(
+        program,
+        unit=unit,
+        kernels=kernels,
+        clusters=config.clusters,
+        path=path,
+        budgets=_budgets(config, plan),
+    )
+
+
+def _backend_name(config: CompileConfig, plan: Schedule, unit: Unit) -> str:
+    if config.backend != "auto":
+        return config.backend
+    has_streams = plan.num_lanes > 1 and device_of(unit).type == "cuda"
+    return "streams" if has_streams else "codegen"
+
+
+def _budgets(config: CompileConfig, plan: Schedule) -> Budgets:
+    """What the memory lane takes beside others is the same in all of a plan."""
+    shares = [slot.sms for slot in plan.slots if slot.lane == 1 and 0 < slot.sms < plan.num_sms]
+    return Budgets(
+        kind=config.sm_budgets, num_sms=plan.num_sms, memory_sms=max(shares, default=plan.num_sms)
+    )
 
 
 def _tokens_of(captured: CapturedGraph) -> tuple[int, int] | None:

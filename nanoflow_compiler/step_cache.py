@@ -30,7 +30,9 @@ from nanoflow_compiler.backends.binding import InputBinder, InputLayout
 from nanoflow_compiler.backends.clusters import Kernels, load_kernel
 from nanoflow_compiler.backends.codegen import CodegenExecutable
 from nanoflow_compiler.backends.gemm_timing import GemmShape, time_packed
+from nanoflow_compiler.backends.lanes import Budgets
 from nanoflow_compiler.backends.source import Function
+from nanoflow_compiler.backends.streams import StreamsExecutable
 from nanoflow_compiler.config import CompileConfig, cache_dir
 from nanoflow_compiler.graphs import dtype_name
 from nanoflow_compiler.kernel_choice import identity_of
@@ -120,7 +122,7 @@ def _files(compiled: CompiledGraph) -> dict[str, str]:
     step = {
         "decision": compiled.decision,
         "layout": asdict(layout) | {"source": "binding.py"},
-        "programs": [{"cells": p.num_cells, "parts": p.attention_parts} for p in programs],
+        "programs": [_described(program) for program in programs],
         "clusters": sorted(kernels.sources),
         "unmeasured": _unmeasured(compiled.measured),
         "functions": {
@@ -135,6 +137,13 @@ def _files(compiled: CompiledGraph) -> dict[str, str]:
         **{f"program_{at}.py": program.source for at, program in enumerate(programs)},
         **{f"{name}.py": source for name, source in kernels.sources.items()},
     }
+
+
+def _described(program: CodegenExecutable) -> dict[str, Any]:
+    lanes = None
+    if isinstance(program, StreamsExecutable):
+        lanes = {"device": str(program.device), "budgets": asdict(program.budgets)}
+    return {"cells": program.num_cells, "parts": program.attention_parts, "lanes": lanes}
 
 
 def _unmeasured(shapes: Iterable[GemmShape]) -> list[list[Any]]:
@@ -192,12 +201,7 @@ def _load(folder: Path) -> CompiledGraph:
         live=tuple((index, position) for index, position in layout["live"]),
     )
     programs = tuple(
-        CodegenExecutable(
-            Function(text(f"program_{at}.py"), names),
-            parts=tuple((first, last) for first, last in program["parts"]),
-            cells=program["cells"],
-            path=folder / f"program_{at}.py",
-        )
+        _program(Function(text(f"program_{at}.py"), names), program, folder / f"program_{at}.py")
         for at, program in enumerate(step["programs"])
     )
     return CompiledGraph(
@@ -205,6 +209,20 @@ def _load(folder: Path) -> CompiledGraph:
         binder=InputBinder(binding, names),
         kernels=kernels,
         decision=step["decision"],
+    )
+
+
+def _program(function: Function, step: dict[str, Any], path: Path) -> CodegenExecutable:
+    parts = tuple((first, last) for first, last in step["parts"])
+    if not step["lanes"]:
+        return CodegenExecutable(function, parts=parts, cells=step["cells"], path=path)
+    return StreamsExecutable(
+        function,
+        parts=parts,
+        cells=step["cells"],
+        path=path,
+        device=torch.device(step["lanes"]["device"]),
+        budgets=Budgets(**step["lanes"]["budgets"]),
     )
 
 

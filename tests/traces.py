@@ -99,12 +99,14 @@ def _symbol(shapes: ShapeEnv, count: int) -> torch.SymInt:
 def _fake(tensor: Tensor, dim: int | None, size: torch.SymInt, mode: FakeTensorMode) -> Tensor:
     if dim is None:
         with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
     assert tensor.is_contiguous()
     shape: list[Any] = list(tensor.shape)
     shape[dim] = size
     with mode:
-        return torch.empty(shape, dtype=tensor.dtype)
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def calls(module: fx.GraphModule) -> list[str]:

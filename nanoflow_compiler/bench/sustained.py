@@ -9,7 +9,7 @@ import torch
 
 from nanoflow_compiler.bench.gpu_meter import GpuMeter
 
-__all__ = ["Sustained", "measure_sustained"]
+__all__ = ["Sustained", "measure_replays", "measure_sustained"]
 
 _CHUNKS = 8
 """The clock is read in each of them."""
@@ -36,22 +36,36 @@ def measure_sustained(
     Bursts run 10 to 15 % faster than what a card can sustain at its power limit. Give several calls
     on different memory where the memory of one would stay in the cache.
     """
-    graph, meter = _capture(calls), GpuMeter()
-    one_s = _replay(graph, 1)
-    one_s = _replay(graph, max(1, round(warmup_seconds / one_s)))
+    graph = _capture(calls)
+    return measure_replays(
+        graph.replay, num_calls=len(calls), seconds=seconds, warmup_seconds=warmup_seconds
+    )
+
+
+def measure_replays(
+    replay: Callable[[], object],
+    *,
+    num_calls: int = 1,
+    seconds: float = 1.5,
+    warmup_seconds: float = 0.5,
+) -> Sustained:
+    """The same for what launches a captured graph of ``num_calls`` calls."""
+    meter = GpuMeter()
+    one_s = _replay(replay, 1)
+    one_s = _replay(replay, max(1, round(warmup_seconds / one_s)))
     chunk = max(1, round(seconds / one_s / _CHUNKS))
     clocks: list[float] = []
     joules, start = meter.energy_j(), time.perf_counter()
     for _ in range(_CHUNKS):
-        _replay(graph, chunk, meanwhile=lambda: clocks.append(meter.sm_mhz()))
+        _replay(replay, chunk, meanwhile=lambda: clocks.append(meter.sm_mhz()))
     total_s, joules = time.perf_counter() - start, meter.energy_j() - joules
-    num_calls = _CHUNKS * chunk * len(calls)
+    count = _CHUNKS * chunk * num_calls
     return Sustained(
-        us=total_s / num_calls * 1e6,
-        joules=joules / num_calls,
+        us=total_s / count * 1e6,
+        joules=joules / count,
         watts=joules / total_s,
         sm_mhz=statistics.median(clocks),
-        num_calls=num_calls,
+        num_calls=count,
     )
 
 
@@ -69,12 +83,12 @@ def _capture(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
 
 
 def _replay(
-    graph: torch.cuda.CUDAGraph, num_replays: int, *, meanwhile: Callable[[], None] | None = None
+    replay: Callable[[], object], num_replays: int, *, meanwhile: Callable[[], None] | None = None
 ) -> float:
     """Seconds of one replay; ``meanwhile`` is called when they have been launched."""
     start = time.perf_counter()
     for _ in range(num_replays):
-        graph.replay()
+        replay()
     if meanwhile:
         meanwhile()
     torch.cuda.synchronize()

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nanoflow_compiler.bench.ablation_settings import AblationSettings
 from nanoflow_compiler.bench.dataset import DatasetSettings
 from nanoflow_compiler.bench.host_settings import HostSettings
 from nanoflow_compiler.bench.latency_settings import LatencySettings
@@ -15,7 +16,7 @@ from nanoflow_compiler.bench.serve_settings import ServeSettings
 from nanoflow_compiler.bench.startup_settings import StartupSettings
 from nanoflow_compiler.bench.throughput_settings import ThroughputSettings
 from nanoflow_compiler.cli.command import command
-from nanoflow_compiler.cli.options import CompileFlags, EngineFlags, StepFlags
+from nanoflow_compiler.cli.options import CompileFlags, EngineFlags, Model, StepFlags
 
 __all__ = ["bench"]
 
@@ -56,6 +57,26 @@ def host(
         }
     )
     write_json(output_json, results, settings={**asdict(settings), **sampling.given()}, threads=1)
+
+
+@bench.command()
+@command
+def ablation(
+    *,
+    model: Model,
+    settings: AblationSettings,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the results to this file.")
+    ] = None,
+) -> None:
+    """One step of a model with dummy weights by several plans, on a GPU."""
+    from nanoflow_compiler.bench.ablation import measure_ablation, print_ablation
+    from nanoflow_compiler.bench.report import check_writable, write_json
+
+    check_writable(output)
+    found = measure_ablation(model, settings)
+    print_ablation(found)
+    write_json(output, found, settings=asdict(settings))
 
 
 @bench.command()

@@ -91,7 +91,9 @@ class StepFlags:
 class CompileFlags(StepFlags):
     """The same, and what runs the program."""
 
-    backend: Annotated[str | None, typer.Option(help="codegen or reference.")] = None
+    backend: Annotated[
+        str | None, typer.Option(help="auto, codegen, streams, cuda_graph or reference.")
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """Fields of ``CompileConfig``; those that were not given are left out."""

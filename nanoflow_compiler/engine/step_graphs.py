@@ -5,7 +5,6 @@ before a replay the host writes there what the batch needs. Nothing else depends
 that it does not fill are those of requests that nobody made.
 """
 
-import traceback
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,10 @@ from nanoflow_compiler.engine.buckets import Bucket, Buckets
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.engine.draw_columns import DrawColumns, draw_columns
 from nanoflow_compiler.engine.forward import CutFn, Forward
-from nanoflow_compiler.engine.graph_pool import GraphPool
 from nanoflow_compiler.engine.sampler import draw_on_gpu
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
+from nanoflow_compiler.graph_pool import GraphPool, failed_at
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 from nanoflow_compiler.paged_attention import Plan, PlanKey, Room
 from nanoflow_compiler.upload import Array, num_bytes, stage, views
@@ -247,19 +246,12 @@ def _plan_inputs(requests: Requests, plans: Iterable[object]) -> Iterator[tuple[
 
 
 def _refusal(bucket: Bucket, error: Exception) -> str:
-    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame)]
-    where = f" at `{lines[-1]}`" if lines else ""
     kind = "steps with prompts" if bucket.has_prompts else "decode steps"
     return (
         f"{kind} of up to {bucket.num_tokens} tokens are not captured as CUDA graphs, and run launched "
-        f"one operation at a time: {_reason(error)}{where}"
+        f"one operation at a time: {_reason(error)}{failed_at(error)}"
     )
 
 
 def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _is_ours(frame: traceback.FrameSummary) -> bool:
-    """Of a generated program, where each line is an operation."""
-    return frame.filename.startswith("<nanoflow") or frame.name == "run"

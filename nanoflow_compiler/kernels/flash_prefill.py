@@ -19,9 +19,9 @@ from torch import Tensor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels.flash_plan import ITEM_FIELDS, QUERIES, Int32s, plan_flash
-from nanoflow_compiler.kernels.pages import num_sms
 from nanoflow_compiler.kv_cache import HeadPages
 from nanoflow_compiler.scoring import Scoring
+from nanoflow_compiler.sm_budget import current_sms
 
 __all__ = ["FlashTiles", "attend_flash", "flash_with_room", "least_keys", "plan_flash_prompts"]
 
@@ -109,14 +109,14 @@ def flash_with_room(
 ) -> FlashTiles:
     """Of nothing yet, with room for so many prompts of so many tokens and pages in all."""
     num_tiles = num_tokens // QUERIES + num_prompts
-    widths = [num_tiles * num_heads] * ITEM_FIELDS + [num_sms(pages.keys.device) + 1, num_pages]
+    widths = [num_tiles * num_heads] * ITEM_FIELDS + [current_sms(pages.keys.device) + 1, num_pages]
     memory = torch.zeros(sum(widths), dtype=torch.int32, device=pages.keys.device)
     return _tiles(memory.split(widths), pages, num_heads=num_heads)
 
 
 def _tiles(tensors: tuple[Tensor, ...], pages: HeadPages, *, num_heads: int) -> FlashTiles:
     heads = (num_heads, pages.keys.shape[1])
-    return FlashTiles(tensors, heads, num_ctas=num_sms(pages.keys.device))
+    return FlashTiles(tensors, heads, num_ctas=current_sms(pages.keys.device))
 
 
 def attend_flash(

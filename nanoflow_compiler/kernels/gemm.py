@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kernels.expert_math import KNOWN
 from nanoflow_compiler.kernels.gemm_math import finish, gate_and_up, tile_at
-from nanoflow_compiler.kernels.pages import num_sms as sms_of
+from nanoflow_compiler.sm_budget import current_sms
 
 __all__ = [
     "GATES",
@@ -241,7 +241,7 @@ def _launch(
     num_tiles = triton.cdiv(num_rows, tiling.rows) * triton.cdiv(num_columns, width)
     num_ctas = num_tiles
     if tiling.persistent:
-        num_ctas = min(num_tiles, (num_sms or sms_of(x.device)) * tiling.ctas_per_sm)
+        num_ctas = min(num_tiles, (num_sms or current_sms(x.device)) * tiling.ctas_per_sm)
     launcher: Any = _multiply[(num_ctas,)]
     launcher(
         _described(x, [tiling.rows, tiling.depth]),

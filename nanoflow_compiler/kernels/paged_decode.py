@@ -23,12 +23,12 @@ from nanoflow_compiler.kernels.pages import (
     LOG2E,
     add_sink,
     descriptor,
-    num_sms,
     width,
 )
 from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
+from nanoflow_compiler.sm_budget import current_sms
 
 __all__ = ["PageReads", "Tiling", "attend_pages", "plan_pages", "reads_with_room"]
 
@@ -111,7 +111,7 @@ def reads_with_room(
     """Of nothing yet, with room for so many pages: see :meth:`PageReads.arrays`."""
     tiling = tiling or Tiling.of(pages)
     device = pages.keys.device
-    num_shares = max(1, num_sms(device) * tiling.ctas_per_sm // pages.keys.shape[1])
+    num_shares = max(1, current_sms(device) * tiling.ctas_per_sm // pages.keys.shape[1])
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -27,12 +27,12 @@ from nanoflow_compiler.kernels.pages import (
     add_sink,
     descriptor,
     launch,
-    num_sms,
     width,
 )
 from nanoflow_compiler.kernels.prefill_plan import Int32s, plan_prefill
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
+from nanoflow_compiler.sm_budget import current_sms
 
 __all__ = [
     "PromptTiles",
@@ -167,7 +167,7 @@ def prompts_with_room(
         visibility=visibility,
         rows=rows,
         queries=rows // heads_of_each,
-        num_ctas=num_sms(device) * tiling.ctas_per_sm,
+        num_ctas=current_sms(device) * tiling.ctas_per_sm,
         tiling=tiling,
     )
 

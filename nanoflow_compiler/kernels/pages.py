@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
-__all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "descriptor", "launch", "num_sms", "width"]
+__all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "descriptor", "launch", "width"]
 
 LOG2E = 1.4426950408889634
 LEAST_SIDE = 16
@@ -32,14 +31,6 @@ def descriptor(pool: Tensor) -> Any:
     What is read of a page beyond its begin or end is zero.
     """
     return TensorDescriptor.from_tensor(pool.flatten(0, 1), [1, BLOCK_SIZE, width(pool)])
-
-
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 of a CPU, where kernels are compiled or interpreted."""
-    if device.type == "cpu":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:

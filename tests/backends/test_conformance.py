@@ -4,8 +4,8 @@ import ast
 
 import pytest
 import torch
-from torch.func import functional_call
 
+from conformance_cases import CUTS, GRAPHS, TOKENS, assert_alike, make_block
 from nanoflow_compiler.backends import BACKENDS, get_backend
 from nanoflow_compiler.config import CompileConfig
 from nanoflow_compiler.errors import ConfigError, InvalidProgramError
@@ -13,60 +13,14 @@ from nanoflow_compiler.hardware import DEVICE_SPECS
 from nanoflow_compiler.ir import Program
 from nanoflow_compiler.pipeline import compile_graph
 from nanoflow_compiler.stepper import Stepper
-from tiny_models import llama
 from traces import trace
 
-TOKENS = 7
-CUTS = {
-    1: [(0, 7)],
-    2: [(0, 3, 7), (0, 1, 7), (0, 6, 7)],
-    3: [(0, 2, 4, 7), (0, 1, 2, 7), (0, 4, 6, 7)],
-}
+ON_GPU = {"streams", "cuda_graph"}
+EACH = [pytest.param(name, marks=pytest.mark.gpu) if name in ON_GPU else name for name in BACKENDS]
 
 
-def make_block():
-    """A gated block between a norm and a sum over all tokens so far, which no part can do alone."""
-
-    def block(x, positions, table, scale, gate, up, down):
-        hidden = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
-        hidden = hidden + table[positions]
-        gated = torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)
-        running = (gated @ down.T).cumsum(0)
-        return x + running / (positions + 1)[:, None], hidden[:, ::2], running.amax(-1)
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"table": (11, 16), "scale": (16,), "gate": (24, 16), "up": (24, 16), "down": (16, 24)}
-    weights = {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator))
-        for name, shape in shapes.items()
-    }
-    tokens = {
-        "x": torch.randn(TOKENS, 16, generator=generator),
-        "positions": torch.randint(0, 11, (TOKENS,), generator=generator),
-    }
-    seeds = dict.fromkeys(tokens, 0)
-    return trace(block, tokens | weights, tokens=seeds, weights=tuple(weights))
-
-
-def make_llama():
-    """The whole of a decoder on a batch: here a token of the graph is a prompt."""
-    model = llama()
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    names = {name.replace(".", "_"): name for name in tensors}
-
-    def logits(input_ids, **given):
-        own = {names[name]: tensor for name, tensor in given.items()}
-        kwargs = {"input_ids": input_ids, "use_cache": False}
-        return (functional_call(model, own, args=(), kwargs=kwargs).logits,)
-
-    generator = torch.Generator().manual_seed(0)
-    ids = {"input_ids": torch.randint(3, 128, (TOKENS, 5), generator=generator)}
-    fixed = {name: tensors[names[name]] for name in names}
-    weights = tuple(n for n, tensor in fixed.items() if isinstance(tensor, torch.nn.Parameter))
-    return trace(logits, ids | fixed, tokens={"input_ids": 0}, weights=weights)
-
-
-GRAPHS = {"block": make_block, "llama": make_llama}
+def place_of(backend):
+    return "cuda" if backend in ON_GPU else "cpu"
 
 
 def compiled(traced, *, backend, parts, clusters="eager"):
@@ -82,32 +36,28 @@ def outputs_of(graph, traced, cuts):
         return graph.executables[-1](inputs, cuts)
 
 
-def assert_alike(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-
-
 @pytest.mark.parametrize("parts", CUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_outputs_are_those_of_the_graph(name, backend, parts):
-    traced = GRAPHS[name]()
+    traced = GRAPHS[name](place_of(backend))
     with torch.no_grad():
         expected = traced.run()
     graph = compiled(traced, backend=backend, parts=parts)
     assert graph.executables[-1].num_cells == parts
     for cuts in CUTS[parts]:
-        assert_alike(outputs_of(graph, traced, cuts), expected)
+        for _ in range(3 if backend == "cuda_graph" else 1):  # launched, captured, replayed
+            assert_alike(outputs_of(graph, traced, cuts), expected)
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_backends_agree_bit_for_bit(name):
+def test_backends_agree_bit_for_bit(name, place):
     """Without compiled clusters every backend makes the same calls on the same tensors."""
+    names = [backend for backend in BACKENDS if place == "cuda" or backend not in ON_GPU]
     graphs = {
         backend: (compiled(traced, backend=backend, parts=3), traced)
-        for backend, traced in ((backend, GRAPHS[name]()) for backend in BACKENDS)
+        for backend, traced in ((backend, GRAPHS[name](place)) for backend in names)
     }
     for cuts in CUTS[3]:
         first, *others = [outputs_of(graph, traced, cuts) for graph, traced in graphs.values()]
@@ -125,7 +75,7 @@ def test_compiled_clusters_serve_any_cut():
         assert_alike(outputs_of(graph, traced, cuts), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_writes_to_inputs_arrive(backend):
     def store(x, cache, at):
         before = cache.sum(-1)
@@ -138,6 +88,7 @@ def test_writes_to_inputs_arrive(backend):
         "cache": torch.randn(TOKENS, 5, 4, generator=generator),
         "at": torch.tensor([3]),
     }
+    inputs = {name: tensor.to(place_of(backend)) for name, tensor in inputs.items()}
     traced = trace(store, inputs, tokens={"x": 0, "cache": 0})
     own = {name: tensor.clone() for name, tensor in inputs.items()}
     expected = store(**own)
@@ -146,9 +97,9 @@ def test_writes_to_inputs_arrive(backend):
     assert torch.equal(inputs["cache"], own["cache"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_source_and_close(backend):
-    traced = make_block()
+    traced = make_block(place_of(backend))
     graph = compiled(traced, backend=backend, parts=2)
     executable = graph.executables[-1]
     if backend == "reference":

@@ -7,8 +7,8 @@ import torch
 from mixed_requests import PLAIN, SETTINGS, answers, check_same, make_requests
 from nanoflow_compiler.engine.batch import Batch
 from nanoflow_compiler.engine.buckets import Bucket
-from nanoflow_compiler.engine.graph_pool import GraphPool
 from nanoflow_compiler.engine.llm import LLM
+from nanoflow_compiler.graph_pool import GraphPool
 from tiny_models import BUILDERS
 from watched_steps import Logits, Steps
 

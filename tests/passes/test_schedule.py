@@ -163,13 +163,13 @@ def test_before_and_after():
         "schedule for h200-sxm: 8 slots on 2 lanes, 3890.2 us",
         "  power floor 3890.2 us",
         "  [       0.0 ..      502.0] lane 1  132 SMs  attend0.0",
-        "  [     502.0 ..     1004.0] lane 1   48 SMs  attend0.1",
-        "  [     502.0 ..     1289.7] lane 0   84 SMs  gemm0.0",
-        "  [    1289.7 ..     1791.7] lane 1   48 SMs  attend1.0",
-        "  [    1289.7 ..     2077.4] lane 0   84 SMs  gemm0.1",
-        "  [    2077.4 ..     2579.4] lane 1   48 SMs  attend1.1",
-        "  [    2077.4 ..     2865.1] lane 0   84 SMs  gemm1.0",
-        "  [    2865.1 ..     3367.1] lane 0  132 SMs  gemm1.1",
+        "  [     502.0 ..     1065.0] lane 1   40 SMs  attend0.1",
+        "  [     502.0 ..     1221.4] lane 0   92 SMs  gemm0.0",
+        "  [    1221.4 ..     1784.4] lane 1   40 SMs  attend1.0",
+        "  [    1221.4 ..     1940.8] lane 0   92 SMs  gemm0.1",
+        "  [    1940.8 ..     2503.8] lane 1   40 SMs  attend1.1",
+        "  [    1940.8 ..     2660.2] lane 0   92 SMs  gemm1.0",
+        "  [    2660.2 ..     3162.2] lane 0  132 SMs  gemm1.1",
     ]
 
 
@@ -177,6 +177,63 @@ def test_parts_overlap_what_a_sequence_cannot():
     nano = nano_split(decoder(layers=6), parts=2, device=H200)
     one, two = (schedule(nano, device=H200, lanes=lanes) for lanes in (1, 2))
     assert end_us(two) < 0.85 * end_us(one)
+
+
+def transformer(layers):
+    """GEMMs with short memory-bound work between them, and attention a third as long as they are."""
+
+    def gemm(tokens_us):
+        return Work(flops_per_token=tokens_us * 670e6, dtype="bfloat16")
+
+    def memory(tokens_us):
+        return Work(bytes_per_token=tokens_us * 4.4e6, dtype="bfloat16")
+
+    steps = [
+        ("qkv", OpKind.GEMM, Resource.COMPUTE, gemm(0.1)),
+        ("rotary", OpKind.CLUSTER, Resource.MEMORY, memory(0.01)),
+        ("attend", OpKind.ATTENTION, Resource.MEMORY, memory(0.37)),
+        ("out", OpKind.GEMM, Resource.COMPUTE, gemm(0.06)),
+        ("norm", OpKind.CLUSTER, Resource.MEMORY, memory(0.01)),
+        ("up", OpKind.GEMM, Resource.COMPUTE, gemm(0.33)),
+        ("gate", OpKind.CLUSTER, Resource.MEMORY, memory(0.02)),
+        ("down", OpKind.GEMM, Resource.COMPUTE, gemm(0.17)),
+    ]
+    ops, before = [], "x"
+    for at in range(layers):
+        for name, kind, resource, work in steps:
+            reads, made = (Read(before, ROWS),), f"{name}{at}_"
+            own = Op(f"{name}{at}", kind, resource, (), reads, (made,), True, layer=at, work=work)
+            ops.append(own)
+            before = made
+    x = Value("x", ValueKind.DATA, ("s0",), "bfloat16")
+    values = [Value(each.writes[0], ValueKind.DATA, ("s0",), "bfloat16", ROWS) for each in ops]
+    graph = OpGraph(tuple(ops), (x, *values), ("x",), (before,), tokens=2048, num_layers=layers)
+    return estimate(graph, device=H200)
+
+
+def test_attention_of_one_part_lies_beside_gemms_of_the_other():
+    """In the steady state the compute lane never waits: software pipelining across layers."""
+    nano = nano_split(transformer(8), parts=2, device=H200)
+    plan = schedule(nano, device=H200, lanes=2)
+    middle = [slot for slot in plan.slots if 0.2 < slot.start_us / end_us(plan) < 0.8]
+    compute = [slot for slot in middle if slot.lane == 0]
+    busy = sum(slot.end_us - slot.start_us for slot in compute)
+    assert busy > 0.97 * (compute[-1].end_us - compute[0].start_us)
+    attention = [slot for slot in middle if slot.op.startswith("attend")]
+    assert {slot.lane for slot in attention} == {1}
+    assert {slot.sms for slot in attention} == {40}
+    for slot in attention:
+        part = slot.op.rpartition(".")[2]
+        beside = [s for s in compute if s.start_us < slot.end_us and s.end_us > slot.start_us]
+        assert sum(not s.op.endswith(f".{part}") for s in beside) >= len(beside) - 1
+
+
+@pytest.mark.parametrize("memory_sms", [16, 40, 64])
+def test_two_lanes_share_one_division(memory_sms):
+    nano = nano_split(transformer(4), parts=2, device=H200)
+    plan = schedule(nano, device=H200, lanes=2, memory_sms=memory_sms)
+    assert {slot.sms for slot in plan.slots if slot.lane == 1} <= {memory_sms, 132}
+    assert {slot.sms for slot in plan.slots if slot.lane == 0} <= {132 - memory_sms, 132}
 
 
 def test_resources_go_to_their_lanes_and_share_the_last():
@@ -212,7 +269,7 @@ def test_a_collective_beside_others_takes_few_sms():
     x = Value("x", ValueKind.DATA, ("s0",), "bfloat16")
     graph = estimate(OpGraph(ops, (x, *values), ("x",), (), tokens=1000), device=H200)
     plan = schedule(nano_split(graph, parts=1, device=H200), device=H200, lanes=3)
-    assert {slot.op: slot.sms for slot in plan.slots} == {"reduce": 16, "attend": 48, "gemm": 68}
+    assert {slot.op: slot.sms for slot in plan.slots} == {"reduce": 16, "attend": 40, "gemm": 76}
     assert {slot.start_us for slot in plan.slots} == {0.0}
 
 

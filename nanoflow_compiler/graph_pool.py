@@ -1,13 +1,15 @@
 """CUDA graphs that share their memory, and what is left when one cannot be captured: nothing."""
 
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["GraphPool"]
+__all__ = ["GraphPool", "failed_at"]
 
 
 class GraphPool:
@@ -20,7 +22,12 @@ class GraphPool:
     def capture(
         self, launch: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-        """What ``launch`` launches, and what it returns: until another graph of the pool runs.
+        """What ``launch`` launches, and what it returns: until another graph of the pool runs."""
+        graph, outputs = self.capture_held(launch)
+        return graph, tuple(map(_borrowed, outputs))
+
+    def capture_held(self, launch: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The same, but what ``launch`` returns keeps its memory for itself.
 
         The error of a capture that fails is that of ``launch``, and the current stream is as before.
         """
@@ -38,7 +45,18 @@ class GraphPool:
                 self._memory = torch.cuda.graph_pool_handle()
                 raise
             graph.capture_end()
-        return graph, tuple(map(_borrowed, outputs))
+        return graph, outputs
+
+
+def failed_at(error: BaseException) -> str:
+    """Where a generated program failed, each of whose lines is an operation; empty outside of one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.line for frame in frames if _is_generated(frame)]
+    return f" at `{lines[-1]}`" if lines else ""
+
+
+def _is_generated(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith("<nanoflow") or frame.name == "run"
 
 
 @cache
