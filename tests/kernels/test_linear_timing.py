@@ -37,7 +37,7 @@ def measured(monkeypatch, times):
     """``times(rows)`` are those of ATen's operations, and of the other choice."""
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(linear_timing, "choices", lambda _: [FAST])
-    monkeypatch.setattr(linear_timing, "_setting", lambda shape, last, device: Setting(times, last))
+    monkeypatch.setattr(linear_timing, "_setting", lambda _, last, __: Setting(times, last))
     return measure(SHAPE, device=torch.device("cpu"))
 
 
