@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.kernel_choice import ATEN, Choice, LinearShape, Measured
-from nanoflow_compiler.kernels.linears import Linear, choices, compute, gate
+from nanoflow_compiler.kernels.linears import Linear, by_aten, by_kernel, choices, gate
 
 __all__ = ["ROW_RANGES", "measure"]
 
@@ -50,7 +51,10 @@ class _Setting:
 
         def call(weight: Tensor) -> Tensor:
             linear = Linear(self.x, weight, residual=self.residual, activation=activation)
-            return compute(linear, choice=choice)
+            result = by_aten(linear) if choice == ATEN else by_kernel(linear, choice=choice)
+            if result is None:
+                raise UnsupportedGraphError("it cannot take the call")
+            return result
 
         try:
             return _seconds([lambda weight=weight: call(weight) for weight in self.weights])  # type: ignore[misc]

@@ -17,7 +17,17 @@ from torch import Tensor
 from nanoflow_compiler.experts import ACTIVATIONS
 from nanoflow_compiler.kernel_choice import ATEN, Choice
 
-__all__ = ["IMPLEMENTATIONS", "Linear", "can_chain", "choices", "compute", "gate", "kernels_of"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Linear",
+    "by_aten",
+    "by_kernel",
+    "can_chain",
+    "choices",
+    "compute",
+    "gate",
+    "kernels_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +47,14 @@ Implementation = Callable[[Linear, Mapping[str, Any]], Tensor | None]
 
 def compute(call: Linear, *, choice: Choice) -> Tensor:
     """The result, by ATen where ``choice`` says so or cannot take the call."""
-    run = None if choice == ATEN else IMPLEMENTATIONS.get(choice.implementation)
-    result = None if run is None else run(call, dict(choice.tiling))
+    result = by_kernel(call, choice=choice)
     return by_aten(call) if result is None else result
+
+
+def by_kernel(call: Linear, *, choice: Choice) -> Tensor | None:
+    """The result; None where ``choice`` is ATen or cannot take the call."""
+    run = None if choice == ATEN else IMPLEMENTATIONS.get(choice.implementation)
+    return None if run is None else run(call, dict(choice.tiling))
 
 
 def by_aten(call: Linear) -> Tensor:
@@ -117,7 +132,9 @@ def choices(num_rows: int) -> Iterator[Choice]:
     """What is worth timing for so many rows, beside ATen."""
     few = kernels_of("few_rows")
     if few is not None and num_rows <= few.MOST_ROWS:
-        yield from (_choice("few_rows", asdict(tiling)) for tiling in few.TILINGS)
+        for tiling in few.TILINGS:
+            if tiling.uses_dot or num_rows <= few.MOST_ADDED_ROWS:
+                yield _choice("few_rows", asdict(tiling))
     if kernels_of("gemm") is not None and num_rows > _FEWEST_PERSISTENT_ROWS:
         yield from (_choice("persistent", tiling) for tiling in _PERSISTENT)
 
@@ -130,10 +147,10 @@ _FEWEST_PERSISTENT_ROWS = 16
 _PERSISTENT: tuple[dict[str, Any], ...] = (
     {"rows": 64, "columns": 128, "num_warps": 4, "store_columns": 64},
     {"rows": 64, "columns": 256, "num_warps": 4},
-    {"rows": 128, "columns": 128, "num_warps": 4},
-    {"rows": 128, "columns": 256, "num_stages": 4, "num_warps": 8, "store_columns": 64},
-    {"rows": 128, "columns": 256, "num_stages": 3, "num_warps": 8},
-    {"rows": 256, "columns": 128, "num_stages": 4, "num_warps": 8, "store_columns": 64},
+    {"rows": 128, "columns": 128},
+    {"rows": 128, "columns": 256, "store_columns": 64},
+    {"rows": 128, "columns": 256, "num_stages": 3},
+    {"rows": 256, "columns": 128, "num_stages": 3, "store_columns": 64},
 )
 
 
