@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seconds", type=float, default=0.1)
+    parser.add_argument("--scan", action="store_true", help="also chains with one tiling for all")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -72,7 +73,9 @@ def main() -> None:
     for num_rows in options.rows:
         alone = list(measure_products(num_rows, layers, seconds=options.seconds))
         chain = Chain(num_rows, layers)
-        results += alone + list(measure_chains(chain, alone, seconds=options.seconds))
+        compared = list(ways(alone, num_rows))
+        compared += with_one_tiling(num_rows) if options.scan else []
+        results += alone + list(measure_chains(chain, compared, seconds=options.seconds))
     if options.output:
         report = {**environment(), "results": results}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -266,12 +269,12 @@ class Chain:
 
 
 def measure_chains(
-    chain: Chain, alone: Sequence[dict[str, Any]], *, seconds: float
+    chain: Chain, compared: Sequence[Way], *, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """One row for each way; times are of a layer."""
     expected = chain.run(Way("cublas")).double()
     num_bytes = sum(weight.nbytes for weight in chain.layers[0].weights.values())
-    for way in ways(alone, chain.num_rows):
+    for way in compared:
         out = torch.full_like(chain.x, torch.nan)
 
         def call(way: Way = way, out: Tensor = out) -> None:
@@ -309,6 +312,13 @@ def with_pdl(name: str, tilings: Tilings, *, has_norms: bool = False) -> Iterato
             changed = {key: replace(tiling, **changes) for key, tiling in tilings.items()}
             when = "early" if begins_early else "late"
             yield Way(f"{name}, PDL {when}, prefetch {prefetch}", changed, True, has_norms)
+
+
+def with_one_tiling(num_rows: int) -> Iterator[Way]:
+    """For all products, since what is fastest alone need not chain best."""
+    for at, tiling in enumerate(TILINGS):
+        if tiling.uses_dot or num_rows <= MOST_ADDED_ROWS:
+            yield Way(f"tiling {at}, PDL", dict.fromkeys(SHAPES, tiling), pdl=True)
 
 
 def defaults(num_rows: int) -> Tilings:
