@@ -59,9 +59,7 @@ def divide(device: torch.device, *, sms: int) -> Division:
 @cache
 def _divide(device: torch.device, sms: int) -> Division:
     driver = _driver()
-    torch.cuda.init()
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # there is a primary context then
+    _wake(device)
     handle = _checked(driver.cuDeviceGet(device.index), "cuDeviceGet")
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
     whole = _checked(driver.cuDeviceGetDevResource(handle, kind), "cuDeviceGetDevResource")
@@ -74,6 +72,13 @@ def _divide(device: torch.device, sms: int) -> Division:
     if count != 1 or not rest.sm.smCount:
         raise ConfigError(f"{total} SMs cannot be divided into {sms} and others; choose fewer")
     return Division(*(_side(part, handle, device) for part in (groups[0], rest)))
+
+
+def _wake(device: torch.device) -> None:
+    """Afterwards there is a primary context, which green contexts are parts of."""
+    torch.cuda.init()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()
 
 
 def _side(resource: Any, handle: Any, device: torch.device) -> Side:

@@ -46,7 +46,7 @@ def fill_cache(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         bytes_per_block = BLOCK_SIZE * sum(layer.bytes_per_token for layer in layers)
-        usable = min(wanted, int(0.8 * free) // bytes_per_block)
+        usable = min(wanted, int(0.85 * free) // bytes_per_block)
     cache = KVCache.allocate(
         layers, num_blocks=max(usable, _own_blocks(settings) + 2), device=device
     )
