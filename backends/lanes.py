@@ -18,7 +18,7 @@ import torch
 
 from nanoflow_compiler.backends.green_contexts import Side, divide
 from nanoflow_compiler.errors import ConfigError
-from nanoflow_compiler.sm_budget import budget, set_budget, sm_budget
+from nanoflow_compiler.sm_budget import beside_others, budget, set_budget, sm_budget
 
 __all__ = ["BudgetKind", "Budgets", "LaneStreams", "Lanes", "lane_streams", "running_lanes"]
 
@@ -212,7 +212,7 @@ class Lanes:
 def running_lanes(streams: Streams, seats: LaneStreams, *, kind: BudgetKind) -> Iterator[Lanes]:
     """Lanes for a run; afterwards streams and budget are as before, whatever happened."""
     lanes = Lanes(streams, seats, kind=kind)
-    with sm_budget(budget()):
+    with sm_budget(budget()), beside_others():
         try:
             yield lanes
             lanes.leave()

@@ -12,7 +12,13 @@ from torch import fx
 from nanoflow_compiler.backends.clusters import kernel_name
 from nanoflow_compiler.backends.lifetimes import Line, find_deletions
 from nanoflow_compiler.backends.packing import packed_addmm, packed_mm
-from nanoflow_compiler.backends.unit import Binding, Unit, attention_parts, takes_part
+from nanoflow_compiler.backends.unit import (
+    Binding,
+    Unit,
+    attention_parts,
+    may_overwrite,
+    takes_part,
+)
 from nanoflow_compiler.graphs import is_handle, is_size, map_nodes, overload, size_hint
 from nanoflow_compiler.ir import Launch, Merge, Op, OpKind, Program, Record, Span, Split, Wait
 from nanoflow_compiler.ir.replay import is_order
@@ -74,6 +80,10 @@ class _Writer:
     """What each lane has now."""
     waits: dict[int, list[Wait]] = field(default_factory=dict)
     """To be written when their lane goes on: first it changes to the stream that it goes on with."""
+
+    @property
+    def is_sequence(self) -> bool:
+        return self.program.num_cells == self.program.num_lanes == 1
 
     def comment(self, text: str) -> None:
         self.lines.append(Line(f"# {text}"))
@@ -203,6 +213,8 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
         call = _packed_call(node, args, writer.names)
     else:
         call = call_text(node, args, kwargs, names=writer.names)
+        if writer.is_sequence and may_overwrite(node):
+            call = call.replace("linear_add.default", "linear_add_.default", 1)
     if node.users:
         writer.add(f"{result} = {call}", makes=[result], uses=uses, is_fresh=_allocates(node))
     else:

@@ -10,7 +10,7 @@ from nanoflow_compiler.graphs import overload
 from nanoflow_compiler.ir import Launch, Op, OpGraph, OpKind, Program, Read, Span
 from nanoflow_compiler.ir.replay import is_order
 
-__all__ = ["Binding", "Unit", "attention_parts", "device_of", "takes_part"]
+__all__ = ["Binding", "Unit", "attention_parts", "device_of", "may_overwrite", "takes_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +89,27 @@ def _launches(program: Program) -> Iterator[Launch]:
 def takes_part(node: fx.Node) -> bool:
     """Whether the last argument of a node is the part of the step that it works on."""
     names = ("kv_append", "rotary_append", "paged_attention", "attention")
+    return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]
+
+
+_SUM = "linear_add"
+_NEW = (_SUM, "linear", "gated_linear", "rms_norm")
+"""Operators whose results are new memory, which they share with nothing."""
+
+
+def may_overwrite(node: fx.Node) -> bool:
+    """Whether a sum may take its residual's place, in a program that runs whole and in the graph's order.
+
+    So it is where the residual is a sum as well, and whatever else reads it comes before and keeps no view.
+    """
+    if not _is_ours(node, (_SUM,)):
+        return False
+    residual = node.args[0]
+    assert isinstance(residual, fx.Node)
+    others = [user for user in residual.users if user is not node]
+    is_last = node.all_input_nodes.count(residual) == 1 and all(user < node for user in others)
+    return _is_ours(residual, (_SUM,)) and is_last and all(_is_ours(u, _NEW) for u in others)
+
+
+def _is_ours(node: fx.Node, names: tuple[str, ...]) -> bool:
     return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]

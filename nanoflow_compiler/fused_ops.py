@@ -20,7 +20,7 @@ from nanoflow_compiler.kv_cache import HeadPages
 from nanoflow_compiler.ops import define
 from nanoflow_compiler.paged_attention import append
 
-__all__ = ["gated_linear", "linear", "linear_add", "rms_norm", "rotary_append"]
+__all__ = ["gated_linear", "linear", "linear_add", "linear_add_", "rms_norm", "rotary_append"]
 
 
 def _linear(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,6 +43,18 @@ def _linear_add(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
 def _linear_add_fake(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
     del residual
     return x.new_empty(x.shape[0], weight_t.shape[1])
+
+
+def _linear_add_in_place(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
+    if x.is_cuda:
+        choice = choose("linear_add", x, weight_t)
+        return _computed(choice, x, weight_t, residual=residual, in_place=True)
+    return residual.add_(torch.mm(x, weight_t))
+
+
+def _linear_add_in_place_fake(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
+    del x, weight_t
+    return residual
 
 
 def _gated_linear(x: Tensor, weight_t: Tensor, activation: str) -> Tensor:
@@ -127,6 +139,14 @@ linear_add = define(
     "linear_add(Tensor residual, Tensor x, Tensor weight_t) -> Tensor",
     kernel=_linear_add,
     fake=_linear_add_fake,
+)
+
+# The same in the memory of the residual, and on a GPU without a rounding between: no graph has it, but
+# programs where nothing reads the residual afterwards.
+linear_add_ = define(
+    "linear_add_(Tensor(a!) residual, Tensor x, Tensor weight_t) -> Tensor(a!)",
+    kernel=_linear_add_in_place,
+    fake=_linear_add_in_place_fake,
 )
 
 # act(x @ gate) * (x @ up): [T, F], where weight_t [K, 2F] is gate beside up.

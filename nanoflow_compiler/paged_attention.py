@@ -69,7 +69,10 @@ def attend(
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     if plan.reads is not None:
         assert isinstance(tables, HeadPages)
-        _gpu("paged_decode").attend_pages(query, tables, reads=plan.reads, scoring=scoring, out=out)
+        pdl = _gpu("linears").can_chain_step(query.device)
+        _gpu("paged_decode").attend_pages(
+            query, tables, reads=plan.reads, scoring=scoring, out=out, pdl=pdl
+        )
     if plan.tiles is not None:
         assert isinstance(tables, HeadPages)
         _gpu("prompts").attend(query, tables, tiles=plan.tiles, scoring=scoring, out=out)

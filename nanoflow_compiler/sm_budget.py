@@ -10,9 +10,10 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ["budget", "current_sms", "set_budget", "sm_budget"]
+__all__ = ["beside_others", "budget", "current_sms", "is_alone", "set_budget", "sm_budget"]
 
 _BUDGET: ContextVar[int | None] = ContextVar("nanoflow_sm_budget", default=None)
+_IS_ALONE: ContextVar[bool] = ContextVar("nanoflow_is_alone", default=True)
 
 
 def current_sms(device: torch.device) -> int:
@@ -45,3 +46,18 @@ def sm_budget(sms: int | None) -> Iterator[None]:
         yield
     finally:
         _BUDGET.reset(token)
+
+
+def is_alone() -> bool:
+    """Whether all kernels go to one stream: then one may begin while the one before it still runs."""
+    return _IS_ALONE.get()
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """For a block of code that launches on several streams, which wait for each other."""
+    token = _IS_ALONE.set(False)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)

@@ -50,7 +50,9 @@ def draw_on_gpu(logits: Tensor, settings: Draw) -> Tensor:
     """A token of each row, whatever the columns ``[S]`` of settings say."""
     # Imported where it is used, because it imports Triton.
     kernels = import_module("nanoflow_compiler.kernels.choose")
-    tokens: Tensor = kernels.choose_tokens(logits, settings)
+    linears = import_module("nanoflow_compiler.kernels.linears")
+    pdl = linears.can_chain_step(logits.device)
+    tokens: Tensor = kernels.choose_tokens(logits, settings, pdl=pdl)
     return tokens
 
 

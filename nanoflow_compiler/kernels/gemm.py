@@ -128,6 +128,10 @@ def _has_tma(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= _TMA_CAPABILITY
 
 
+_READING = GemmTiling(store_columns=64)
+"""Leaves shared memory for a piece of the residual."""
+
+
 def multiply(
     x: Tensor,
     weight: Tensor,
@@ -143,9 +147,9 @@ def multiply(
     ``out`` may be ``residual`` itself, which nobody then has to read: the cache adds to it. Persistent
     thread blocks occupy ``num_sms`` multiprocessors, all of them by default.
     """
-    tiling = tiling or GemmTiling()
     out = x.new_empty(len(x), weight.shape[1]) if out is None else out
     is_in_place = residual is not None and _is_same(residual, out)
+    tiling = tiling or (_READING if residual is not None and not is_in_place else GemmTiling())
     block = [tiling.rows, tiling.stored(gated=False)]
     _launch(
         x,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoflow_compiler.experts import ACTIVATIONS
 from nanoflow_compiler.kernel_choice import ATEN, Choice
+from nanoflow_compiler.sm_budget import is_alone
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "by_aten",
     "by_kernel",
     "can_chain",
+    "can_chain_step",
     "choices",
     "compute",
     "gate",
@@ -38,6 +40,8 @@ class Linear:
     weight_t: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
+    in_place: bool = False
+    """The result takes the place of the residual."""
     activation: str = ""
     """Of a gate, which is the first half of the columns; the second is what it multiplies."""
 
@@ -58,7 +62,9 @@ def by_kernel(call: Linear, *, choice: Choice) -> Tensor | None:
 
 
 def by_aten(call: Linear) -> Tensor:
-    """The product by ATen, then what follows it."""
+    """The product by ATen, then what follows it; in place it is added before it is rounded."""
+    if call.in_place and call.residual is not None:
+        return call.residual.addmm_(call.x, call.weight_t)
     if call.bias is None:
         product = torch.mm(call.x, call.weight_t)
     else:
@@ -89,6 +95,7 @@ def _persistent(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
         if call.bias is None and kernels.can_gate(x, weight, activation=call.activation):
             result = kernels.multiply_gated(x, weight, activation=call.activation, **given)
     elif kernels.can_run(x, weight, bias=call.bias, residual=call.residual):
+        given["out"] = call.residual if call.in_place else None
         result = kernels.multiply(x, weight, bias=call.bias, residual=call.residual, **given)
     return result
 
@@ -104,6 +111,7 @@ def _few_rows(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
     if call.activation:
         result = kernels.multiply_gated(call.x, weight, activation=call.activation, **given)
     else:
+        given["out"] = call.residual if call.in_place else None
         result = kernels.multiply(call.x, weight, residual=call.residual, **given)
     return result
 
@@ -120,9 +128,14 @@ def _fits_few_rows(kernels: Any, call: Linear, tiling: Mapping[str, Any]) -> boo
 
 
 def can_chain(device: torch.device) -> bool:
-    """Whether kernels may begin before the one in front of them has ended."""
+    """Whether kernels that are launched now may begin before the one in front of them has ended."""
     kernels = kernels_of("pdl")
-    return kernels is not None and bool(kernels.can_chain(device))
+    return is_alone() and kernels is not None and bool(kernels.can_chain(device))
+
+
+def can_chain_step(device: torch.device) -> bool:
+    """The same for kernels that read plans before they wait: those of a captured step lie there before it."""
+    return torch.cuda.is_current_stream_capturing() and can_chain(device)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"persistent": _persistent, "few_rows": _few_rows}

@@ -81,6 +81,8 @@ def rotate_and_append(
         "HEADS": block,
         "PAGE": BLOCK_SIZE,
         "num_warps": max(1, block // _HEADS_PER_WARP),
+        # A product and a sum in one operation would not round the product.
+        "enable_fp_fusion": False,
     }
     launch(_rotate, (len(query), groups + triton.cdiv(num_kv_heads, block)), pdl=pdl)(
         query,
