@@ -1,6 +1,7 @@
 """CUDA graphs that share their memory, and what is left when one cannot be captured: nothing."""
 
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -39,7 +40,8 @@ class GraphPool:
             try:
                 outputs = launch()
             except BaseException:
-                with suppress(RuntimeError):  # it says only that the capture failed
+                # All that they say is that the capture failed.
+                with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
                     graph.capture_end()
                 # The broken capture may still count as recording in there.
                 self._memory = torch.cuda.graph_pool_handle()

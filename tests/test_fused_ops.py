@@ -45,7 +45,10 @@ def test_linears(dtype):
     product = x @ weight_t
     assert torch.equal(fused_ops.linear(x, weight_t, None), product)
     assert torch.equal(fused_ops.linear(x, weight_t, bias), torch.addmm(bias, x, weight_t))
-    assert torch.equal(fused_ops.linear_add(residual, x, weight_t), residual + product)
+    total = residual + product
+    assert torch.equal(fused_ops.linear_add(residual, x, weight_t), total)
+    assert torch.equal(fused_ops.linear_add_(residual, x, weight_t), total)
+    assert torch.equal(residual, total)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -70,6 +73,7 @@ def test_schemas_and_fakes_agree_with_the_implementations():
     calls = {
         fused_ops.linear: (x, weight_t, bias),
         fused_ops.linear_add: (random(5, 24), x, weight_t),
+        fused_ops.linear_add_: (random(5, 24), x, weight_t),
         fused_ops.gated_linear: (x, weight_t, "silu"),
         fused_ops.rms_norm: (x, random(16), 1e-6, True),
         fused_ops.rotary_append: (query, key, value, *angles, 0, 0),
@@ -133,7 +137,10 @@ def test_implementations_on_a_gpu(choice, rows, monkeypatch):
     product = x.double() @ weight_t.double()
     close(fused_ops.linear(x, weight_t, None), product)
     close(fused_ops.linear(x, weight_t, bias), product + bias)
-    close(fused_ops.linear_add(residual, x, weight_t), residual + product)
+    total = residual + product
+    close(fused_ops.linear_add(residual, x, weight_t), total)
+    assert fused_ops.linear_add_(residual, x, weight_t).data_ptr() == residual.data_ptr()
+    close(residual, total)
     for name, activation in ACTIVATIONS.items():
         gate, up = product.chunk(2, 1)
         close(fused_ops.gated_linear(x, weight_t, name), activation(gate) * up)

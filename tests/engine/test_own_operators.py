@@ -72,4 +72,4 @@ def test_logits_are_close_on_a_gpu(name, parts):
 def values_of(prompt_logprobs):
     """Of each token of a prompt but the first."""
     known = [each for each in prompt_logprobs if each]
-    return torch.tensor([next(iter(each.values())).logprob for each in known])
+    return torch.tensor([each.logprobs[0] for each in known])
