@@ -107,7 +107,7 @@ def may_overwrite(node: fx.Node) -> bool:
     residual = node.args[0]
     assert isinstance(residual, fx.Node)
     others = [user for user in residual.users if user is not node]
-    is_last = node.all_input_nodes.count(residual) == 1 and all(user < node for user in others)
+    is_last = node.args.count(residual) == 1 and all(user < node for user in others)
     return _is_ours(residual, (_SUM,)) and is_last and all(_is_ours(u, _NEW) for u in others)
 
 

@@ -8,7 +8,7 @@ table is left to ATen. Nothing is measured here, so that an operator may be capt
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -102,6 +102,11 @@ class ChoiceTable:
         """Take up rows of shapes; of rows that overlap, the first counts."""
         for row in rows:
             self.rows.setdefault(row.shape, []).append(row)
+
+    def measured(self) -> Iterator[Measured]:
+        """All rows."""
+        for rows in self.rows.values():
+            yield from rows
 
     def serves(self, shape: LinearShape) -> bool:
         """Whether something else than ATen is faster for some number of rows."""

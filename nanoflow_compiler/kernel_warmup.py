@@ -45,9 +45,11 @@ class Warmup:
 
     capability: int
     """Of the GPU: 90 for Hopper."""
+    device_name: str
+    hidden_size: int
     vocab_size: int
     dtype: str
-    """Of the logits."""
+    """Of linears and logits."""
     layers: tuple[AttentionLayer, ...]
     """Each kind once."""
 
@@ -68,7 +70,14 @@ class Warmup:
             for layer in packed.layers
         )
         major, minor = torch.cuda.get_device_capability(packed.device)
-        return cls(10 * major + minor, config.vocab_size, _name(packed.model.dtype), (*kinds,))
+        return cls(
+            capability=10 * major + minor,
+            device_name=torch.cuda.get_device_name(packed.device),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            dtype=_name(packed.model.dtype),
+            layers=(*kinds,),
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

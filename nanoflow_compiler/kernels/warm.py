@@ -22,11 +22,15 @@ from triton.runtime.jit import JITFunction
 from nanoflow_compiler.attention_plan import Visibility
 from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.engine.draw_columns import DrawColumns
+from nanoflow_compiler.kernel_choice import Measured, table_of
 from nanoflow_compiler.kernel_warmup import AttentionLayer, Warmup
+from nanoflow_compiler.kernels import few_rows, gemm
 from nanoflow_compiler.kernels.append import append_pages
 from nanoflow_compiler.kernels.choose import choose_tokens
+from nanoflow_compiler.kernels.norm import RmsNorm, rms_norm
 from nanoflow_compiler.kernels.paged_decode import attend_pages, reads_with_room
 from nanoflow_compiler.kernels.paged_prefill import attend_prompts, prompts_with_room
+from nanoflow_compiler.kernels.rotary_append import Rotary, rotate_and_append
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 from nanoflow_compiler.scoring import Scoring
 
@@ -49,6 +53,10 @@ def compile_kernels(warmup: Warmup) -> None:
             _attend(layer)
         for num_rows in _NUM_ROWS:
             _choose(num_rows, warmup)
+            _normalise(num_rows, warmup)
+        for measured in table_of(warmup.device_name).measured():
+            if measured.shape.dtype == warmup.dtype:
+                _multiply(measured, warmup)
 
 
 class _NoGpu:
@@ -95,11 +103,15 @@ def _attend(layer: AttentionLayer) -> None:
         return torch.zeros(_NUM_TOKENS, num_heads, dim, dtype=dtype)
 
     key, value = (packed(layer.num_kv_heads, dim) for dim in (layer.head_dim, layer.v_head_dim))
-    append_pages(key, value, pages, slots=torch.zeros(_NUM_TOKENS, dtype=torch.int64))
+    slots = torch.zeros(_NUM_TOKENS, dtype=torch.int64)
+    append_pages(key, value, pages, slots=slots)
     query, out = (packed(layer.num_heads, dim) for dim in (layer.head_dim, layer.v_head_dim))
+    angles = Rotary(packed(1, layer.head_dim)[:, 0], packed(1, layer.head_dim)[:, 0])
+    rotate_and_append(query, key, value, rotary=angles, pages=pages, slots=slots, pdl=True)
     visibility, scoring = Visibility(0, 0), Scoring(layer.head_dim**-0.5, layer.softcap, None)
     reads = reads_with_room(pages, visibility=visibility, num_pages=1)
-    attend_pages(query, pages, reads=reads, scoring=scoring, out=out)
+    for is_captured in (True, False):
+        attend_pages(query, pages, reads=reads, scoring=scoring, out=out, pdl=is_captured)
     tiles = prompts_with_room(
         pages, num_heads=layer.num_heads, visibility=visibility, num_tiles=1, num_pages=1
     )
@@ -109,7 +121,42 @@ def _attend(layer: AttentionLayer) -> None:
 def _choose(num_rows: int, warmup: Warmup) -> None:
     logits = torch.empty(num_rows, warmup.vocab_size, dtype=getattr(torch, warmup.dtype))
     columns = DrawColumns.none().padded(num_rows).arrays
-    choose_tokens(logits, Draw(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns)))
+    settings = Draw(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
+    for is_captured in (True, False):
+        choose_tokens(logits, settings, pdl=is_captured)
+
+
+def _normalise(num_rows: int, warmup: Warmup) -> None:
+    rows = torch.empty(num_rows, warmup.hidden_size, dtype=getattr(torch, warmup.dtype))
+    rms_norm(rows, RmsNorm(rows[0], 1e-5), pdl=True)
+
+
+def _multiply(measured: Measured, warmup: Warmup) -> None:
+    """What a table has of linears that read or write the hidden states of this model."""
+    shape, tiling = measured.shape, dict(measured.choice.tiling)
+    if warmup.hidden_size not in (shape.depth, shape.columns):
+        return
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    x = torch.empty(_NUM_TOKENS, shape.depth, dtype=dtype)
+    weight = torch.empty(shape.columns, shape.depth, dtype=dtype)
+    residual = torch.empty(_NUM_TOKENS, shape.columns, dtype=dtype)
+    match measured.choice.implementation, shape.op:
+        case "few_rows", "gated_linear":
+            few = few_rows.FewRowsTiling(**tiling)
+            few_rows.multiply_gated(x[:1], weight, activation="silu", tiling=few, pdl=True)
+        case "few_rows", op:
+            few = few_rows.FewRowsTiling(**tiling)
+            added = residual[:1] if op == "linear_add" else None
+            few_rows.multiply(x[:1], weight, residual=added, out=added, tiling=few, pdl=True)
+        case "persistent", "gated_linear":
+            gemm.multiply_gated(x, weight.t(), activation="silu", tiling=_tiling(tiling))
+        case "persistent", op:
+            added = residual if op == "linear_add" else None
+            gemm.multiply(x, weight.t(), residual=added, out=added, tiling=_tiling(tiling))
+
+
+def _tiling(given: dict[str, Any]) -> gemm.GemmTiling | None:
+    return gemm.GemmTiling(**given) if given else None
 
 
 if __name__ == "__main__":
