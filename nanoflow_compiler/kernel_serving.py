@@ -63,12 +63,10 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _norms(rows: torch.Tensor) -> bool:
-    known = find_spec("nanoflow_compiler.kernels.norm") is not None
-    return known and rows.shape[-1] <= _MOST_NORMED and dtype_name(rows.dtype) in _TYPES
+    return rows.shape[-1] <= _MOST_NORMED and dtype_name(rows.dtype) in _TYPES
 
 
 def _stores_pages(key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a layer has pages of heads (see ``kv_cache``), and a kernel that rotates into them."""
     rows = (tensor.shape[-1] * tensor.element_size() for tensor in (key, value))
-    known = find_spec("nanoflow_compiler.kernels.rotary_append") is not None
-    return known and all(int(size) % _PAGE_ROW_BYTES == 0 for size in rows)
+    return all(int(size) % _PAGE_ROW_BYTES == 0 for size in rows)

@@ -69,7 +69,7 @@ def attend(
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     if plan.reads is not None:
         assert isinstance(tables, HeadPages)
-        pdl = _gpu("linears").can_chain_step(query.device)
+        pdl = _gpu("pdl").may_chain_step(query.device)
         _gpu("paged_decode").attend_pages(
             query, tables, reads=plan.reads, scoring=scoring, out=out, pdl=pdl
         )

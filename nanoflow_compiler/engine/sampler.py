@@ -50,8 +50,7 @@ def draw_on_gpu(logits: Tensor, settings: Draw) -> Tensor:
     """A token of each row, whatever the columns ``[S]`` of settings say."""
     # Imported where it is used, because it imports Triton.
     kernels = import_module("nanoflow_compiler.kernels.choose")
-    linears = import_module("nanoflow_compiler.kernels.linears")
-    pdl = linears.can_chain_step(logits.device)
+    pdl = import_module("nanoflow_compiler.kernels.pdl").may_chain_step(logits.device)
     tokens: Tensor = kernels.choose_tokens(logits, settings, pdl=pdl)
     return tokens
 

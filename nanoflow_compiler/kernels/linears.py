@@ -6,9 +6,7 @@ that a table may be wrong about speed and nothing else.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,19 +14,15 @@ from torch import Tensor
 
 from nanoflow_compiler.experts import ACTIVATIONS
 from nanoflow_compiler.kernel_choice import ATEN, Choice
-from nanoflow_compiler.sm_budget import is_alone
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Linear",
     "by_aten",
     "by_kernel",
-    "can_chain",
-    "can_chain_step",
     "choices",
     "compute",
     "gate",
-    "kernels_of",
 ]
 
 
@@ -76,8 +70,8 @@ def by_aten(call: Linear) -> Tensor:
 
 def gate(product: Tensor, *, activation: str) -> Tensor:
     """``act(gate) * up`` of a product ``[rows, 2 F]``."""
-    kernels = kernels_of("gated")
-    if kernels is not None and kernels.can_gate(product, activation=activation):
+    kernels = _kernels("gated")
+    if kernels.can_gate(product, activation=activation):
         gated: Tensor = kernels.gate_rows(product, activation=activation)
         return gated
     first, second = product.chunk(2, dim=1)
@@ -85,9 +79,7 @@ def gate(product: Tensor, *, activation: str) -> Tensor:
 
 
 def _persistent(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
-    kernels = kernels_of("gemm")
-    if kernels is None:
-        return None
+    kernels = _kernels("gemm")
     given = {"tiling": kernels.GemmTiling(**tiling) if tiling else None}
     x, weight = call.x, call.weight_t
     result: Tensor | None = None
@@ -101,11 +93,11 @@ def _persistent(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
 
 
 def _few_rows(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
-    kernels = kernels_of("few_rows")
-    if kernels is None or not _fits_few_rows(kernels, call, tiling):
+    kernels = _kernels("few_rows")
+    if not _fits_few_rows(kernels, call, tiling):
         return None
     chosen = kernels.FewRowsTiling(**tiling) if tiling else None
-    given = {"bias": call.bias, "tiling": chosen, "pdl": can_chain(call.x.device)}
+    given = {"bias": call.bias, "tiling": chosen, "pdl": _kernels("pdl").may_chain(call.x.device)}
     weight = call.weight_t.t()
     result: Tensor
     if call.activation:
@@ -127,28 +119,17 @@ def _fits_few_rows(kernels: Any, call: Linear, tiling: Mapping[str, Any]) -> boo
     return bool(kernels.can_multiply(x, weight))
 
 
-def can_chain(device: torch.device) -> bool:
-    """Whether kernels that are launched now may begin before the one in front of them has ended."""
-    kernels = kernels_of("pdl")
-    return is_alone() and kernels is not None and bool(kernels.can_chain(device))
-
-
-def can_chain_step(device: torch.device) -> bool:
-    """The same for kernels that read plans before they wait: those of a captured step lie there before it."""
-    return torch.cuda.is_current_stream_capturing() and can_chain(device)
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {"persistent": _persistent, "few_rows": _few_rows}
 
 
 def choices(num_rows: int) -> Iterator[Choice]:
     """What is worth timing for so many rows, beside ATen."""
-    few = kernels_of("few_rows")
-    if few is not None and num_rows <= few.MOST_ROWS:
+    few = _kernels("few_rows")
+    if num_rows <= few.MOST_ROWS:
         for tiling in few.TILINGS:
             if tiling.uses_dot or num_rows <= few.MOST_ADDED_ROWS:
                 yield _choice("few_rows", asdict(tiling))
-    if kernels_of("gemm") is not None and num_rows > _FEWEST_PERSISTENT_ROWS:
+    if num_rows > _FEWEST_PERSISTENT_ROWS:
         yield from (_choice("persistent", tiling) for tiling in _PERSISTENT)
 
 
@@ -167,8 +148,6 @@ _PERSISTENT: tuple[dict[str, Any], ...] = (
 )
 
 
-@cache
-def kernels_of(name: str) -> Any:
-    """One of our kernels' modules; None where there is none."""
-    full = f"nanoflow_compiler.kernels.{name}"
-    return import_module(full) if find_spec(full) is not None else None
+def _kernels(name: str) -> Any:
+    """Imported where they are used, because they import Triton."""
+    return import_module(f"nanoflow_compiler.kernels.{name}")

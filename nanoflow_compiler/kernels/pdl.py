@@ -40,7 +40,18 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["can_chain", "launch", "let_next_begin", "prefetch_rows", "take_turn", "wait"]
+from nanoflow_compiler.sm_budget import is_alone
+
+__all__ = [
+    "can_chain",
+    "launch",
+    "let_next_begin",
+    "may_chain",
+    "may_chain_step",
+    "prefetch_rows",
+    "take_turn",
+    "wait",
+]
 
 _CAPABILITY = (9, 0)
 
@@ -48,6 +59,16 @@ _CAPABILITY = (9, 0)
 def can_chain(device: torch.device) -> bool:
     """Whether a GPU has programmatic dependent launch."""
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def may_chain(device: torch.device) -> bool:
+    """Whether kernels that are launched now may begin before the one in front of them has ended."""
+    return is_alone() and can_chain(device)
+
+
+def may_chain_step(device: torch.device) -> bool:
+    """The same for kernels that read plans before they wait: those of a captured step lie there before it."""
+    return torch.cuda.is_current_stream_capturing() and may_chain(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, pdl: bool) -> Callable[..., None]:

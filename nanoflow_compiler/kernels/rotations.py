@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from nanoflow_compiler.kernels.linears import can_chain, kernels_of
+from nanoflow_compiler.kernels.pdl import may_chain
+from nanoflow_compiler.kernels.rotary_append import Rotary, can_rotate, rotate_and_append
 from nanoflow_compiler.kv_cache import HeadPages
 
 __all__ = ["rotary_append"]
@@ -21,14 +22,8 @@ def rotary_append(
 
     ``angles`` are cosines and sines ``[T, width]``.
     """
-    kernels = kernels_of("rotary_append")
-    if kernels is None:
+    rotary = Rotary(*angles)
+    if not can_rotate(query, key, value, rotary=rotary):
         return None
-    rotary = kernels.Rotary(*angles)
-    if not kernels.can_rotate(query, key, value, rotary=rotary):
-        return None
-    pdl = can_chain(query.device)
-    rotated: Tensor = kernels.rotate_and_append(
-        query, key, value, rotary=rotary, pages=pages, slots=slots, pdl=pdl
-    )
-    return rotated
+    pdl = may_chain(query.device)
+    return rotate_and_append(query, key, value, rotary=rotary, pages=pages, slots=slots, pdl=pdl)
