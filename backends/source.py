@@ -75,6 +75,7 @@ class _Writer:
     lines: list[Line] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=dict)
     layer: int | None = None
+    launched: set[fx.Node] = field(default_factory=set)
     lane: int = 0
     sms: dict[int, int] = field(default_factory=dict)
     """What each lane has now."""
@@ -204,6 +205,7 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
         uses.append(name)
         return Verbatim(name)
 
+    writer.launched.add(node)
     args, kwargs = map_nodes((node.args, node.kwargs), shown)
     if takes_part(node):
         parts = attention_parts(writer.program, writer.unit)
@@ -213,7 +215,7 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
         call = _packed_call(node, args, writer.names)
     else:
         call = call_text(node, args, kwargs, names=writer.names)
-        if writer.is_sequence and may_overwrite(node):
+        if writer.is_sequence and may_overwrite(node, launched=writer.launched):
             call = call.replace("linear_add.default", "linear_add_.default", 1)
     if node.users:
         writer.add(f"{result} = {call}", makes=[result], uses=uses, is_fresh=_allocates(node))
@@ -222,7 +224,7 @@ def _node(writer: _Writer, node: fx.Node, binding: Binding, own: Span, launch: L
 
 
 def _allocates(node: fx.Node) -> bool:
-    """Whether the result is in new memory for sure."""
+    """Whether the result is in new memory for sure, but for sums in place, which only a sequence has."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

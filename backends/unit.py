@@ -1,6 +1,7 @@
 """What a program's names mean: the operations, and the graph whose nodes they are."""
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -94,20 +95,20 @@ def takes_part(node: fx.Node) -> bool:
 
 _SUM = "linear_add"
 _NEW = (_SUM, "linear", "gated_linear", "rms_norm")
-"""Operators whose results are new memory, which they share with nothing."""
+"""Operators that keep no view of what they read."""
 
 
-def may_overwrite(node: fx.Node) -> bool:
-    """Whether a sum may take its residual's place, in a program that runs whole and in the graph's order.
+def may_overwrite(node: fx.Node, *, launched: AbstractSet[fx.Node]) -> bool:
+    """Whether a sum may take its residual's place in a sequence, behind the nodes that are ``launched``.
 
-    So it is where the residual is a sum as well, and whatever else reads it comes before and keeps no view.
+    So it is where the residual is a sum as well, and whatever else reads it was launched and keeps no view.
     """
     if not _is_ours(node, (_SUM,)):
         return False
     residual = node.args[0]
     assert isinstance(residual, fx.Node)
     others = [user for user in residual.users if user is not node]
-    is_last = node.args.count(residual) == 1 and all(user < node for user in others)
+    is_last = node.args.count(residual) == 1 and launched >= set(others)
     return _is_ours(residual, (_SUM,)) and is_last and all(_is_ours(u, _NEW) for u in others)
 
 

@@ -53,9 +53,6 @@ TILINGS = (
     replace(SMALL, num_stages=3, lags=False),
     LARGE,
     replace(LARGE, lags=False),
-    replace(SMALL, is_async=True),
-    replace(LARGE, num_stages=2, is_async=True),
-    replace(LARGE, num_stages=4, is_async=True),
 )
 SCORING = Scoring(DIM**-0.5)
 NUM_CALLS = 20
@@ -274,8 +271,6 @@ def print_row(row: dict[str, Any]) -> None:
 
 def _text(tiling: PromptTiling) -> str:
     size = f"{tiling.rows} rows, {tiling.num_warps} warps x {tiling.ctas_per_sm}"
-    if tiling.is_async:
-        return f"{size} {tiling.num_stages} stages async"
     marks = [mark for mark, on in (("lags", tiling.lags), ("holds", tiling.holds_queries)) if on]
     return " ".join([size, f"{tiling.num_stages} stages", *marks])
 

@@ -1,6 +1,6 @@
 """Operators that stand for several nodes of a graph: linears with what follows, rotary with the append.
 
-Each computes what the nodes did, with the same roundings. On a CPU it is those very ATen calls; on a
+Each computes what the nodes did, with the same roundings; on a GPU, sums in place have one less. On a CPU it is those very ATen calls; on a
 GPU a kernel of ours where one was measured to be faster (:mod:`nanoflow_compiler.kernel_choice`).
 Weights come as a product takes them: ``[depth, columns]``, the transposed view of a parameter.
 """
@@ -37,7 +37,7 @@ def _linear_fake(x: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_add(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:
     if x.is_cuda and (choice := choose("linear_add", x, weight_t)) != ATEN:
         return _computed(choice, x, weight_t, residual=residual)
-    return residual + torch.mm(x, weight_t)
+    return torch.mm(x, weight_t).add_(residual)
 
 
 def _linear_add_fake(residual: Tensor, x: Tensor, weight_t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ table is left to ATen. Nothing is measured here, so that an operator may be capt
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -148,7 +149,8 @@ def identity_of(device_name: str, *, with_measured: bool = True) -> str:
     """Text that differs where the tables of a GPU serve other shapes, as they are on disk now."""
     rows = _read(PACKAGED, device_name)
     rows += _read(_measured_path(), device_name) if with_measured else []
-    return json.dumps([row.as_json() for row in rows])
+    served = {row.shape for row in rows if row.choice != ATEN}
+    return json.dumps(sorted(tuple(map(str, asdict(shape).values())) for shape in served))
 
 
 def keep(rows: list[Measured], *, device_name: str) -> None:
@@ -158,7 +160,7 @@ def keep(rows: list[Measured], *, device_name: str) -> None:
     path = _measured_path()
     all_rows = [*_read(path, device_name), *rows]
     known = _json(path) | {device_name: [row.as_json() for row in all_rows]}
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError):  # a cache that others share may be read only
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(known, indent=1), encoding="utf-8")

@@ -168,7 +168,6 @@ class PlanKey:
             tables,
             num_heads=self.heads.num_heads,
             visibility=self.visibility,
-            is_plain=self.is_plain,
             sizes=(room.num_tokens, room.num_prompts, room.num_prompt_pages),
             is_long=room.is_long and self.least_long_keys is not None,
         )

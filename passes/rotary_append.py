@@ -86,6 +86,8 @@ def rotary_append(module: fx.GraphModule, *, serves: Serves) -> fx.GraphModule:
 
 def _fuse(attention: fx.Node, tables: _Tables, serves: Serves) -> Fusion:
     append = operand(attention, 1)
+    if overload(append) is not getattr(torch.ops.nanoflow, "kv_append", None):
+        raise _Miss("it does not read what an append made")
     key, value, layer, part = append.args
     assert isinstance(value, fx.Node)
     turned = [_rotated(operand(attention, 0), "queries"), _rotated(key, "keys")]
@@ -149,8 +151,6 @@ def _check_views(views: list[fx.Node], what: str) -> None:
 
 def _check(query: _Rotated, key: _Rotated, value: fx.Node, append: fx.Node) -> None:
     ours, other = query.rotation, key.rotation
-    if overload(append) is not getattr(torch.ops.nanoflow, "kv_append", None):
-        raise _Miss("it does not read what an append made")
     if len(append.users) != 1:
         raise _Miss("its append has other readers")
     if (ours.cos, ours.sin, ours.width) != (other.cos, other.sin, other.width):

@@ -175,7 +175,9 @@ class StepGraphs:
         layout, arrays = self._inputs(bucket, bucket.example())
         inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
         parts = self.forward.parts(layout, cuts=self._cuts(bucket), slots=inputs.kv_slots)
-        self._run(bucket, inputs, draw, parts)  # compiles, and plans what has no room yet
+        self._run(
+            bucket, inputs, draw, parts
+        )  # compiles most kernels, and plans what has no room yet
         placed = tuple(
             replace(part, plans=self._with_room(at, part.plans, bucket=bucket, is_long=is_long))
             for at, part in enumerate(parts)

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_compiler.engine.draw import Draw
+from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.kernels.cut import gather, narrow, settle
 from nanoflow_compiler.kernels.cut_parts import CANDIDATES, SUMS
 from nanoflow_compiler.kernels.pdl import launch, take_turn
@@ -48,7 +49,8 @@ _NUM_WARPS = 4
 _MOST_SPLITS = 64
 _LEAST_SPLITS = 4
 """So few that a thread never adds up more weights than fit; see :mod:`race`."""
-_MOST_TOKENS = 1 << 18
+_MOST_TOKENS = 255 * _CHUNK
+"""A thread of the last kernel adds up 8 tokens of each chunk, and 2047 fit; see :mod:`race`."""
 _BLOCKS_WANTED = 4096
 """Thread blocks that keep a GPU busy to the end."""
 
@@ -63,7 +65,10 @@ def choose_tokens(logits: Tensor, settings: Draw, *, pdl: bool = False) -> Tenso
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
         return tokens
-    assert num_tokens <= _MOST_TOKENS, "weights of so many tokens do not add up in 64 bits"
+    if num_tokens > _MOST_TOKENS:
+        raise UnsupportedGraphError(
+            f"a vocabulary has at most {_MOST_TOKENS} tokens on a GPU, not {num_tokens}"
+        )
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     num_chunks = triton.cdiv(num_tokens, _CHUNK)
     shape: dict[str, Any] = {"CHUNK": _CHUNK, "CHUNKS": triton.next_power_of_2(num_chunks)}
@@ -78,7 +83,8 @@ def choose_tokens(logits: Tensor, settings: Draw, *, pdl: bool = False) -> Tenso
     of_one_block = {"VECTOR": vector, "THREADS": 256, "num_warps": 8}
     zeros = (scratch.sums, scratch.numbers, scratch.weights)
     begin = partial(launch, pdl=pdl)
-    begin(_scan, grid)(*row, *chunks, *zeros, SIZE=SUMS, CHUNK=_CHUNK)
+    # It may follow several lanes; then it must not begin before all of them have ended.
+    launch(_scan, grid, pdl=False)(*row, *chunks, *zeros, SIZE=SUMS, CHUNK=_CHUNK)
     cut = (*row, *limits, *chunks, scratch.sums)
     for turn in range(2):
         begin(narrow, grid)(*cut, ROUND=turn, SIZE=SUMS, **shape, **of_threads)

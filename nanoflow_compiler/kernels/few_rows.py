@@ -46,9 +46,9 @@ class FewRowsTiling:
     num_warps: int
     uses_dot: bool = True
     """Tensor cores; the only way for more rows than :data:`MOST_ADDED_ROWS`."""
-    prefetch: int = 1024
+    prefetch: int = 512
     """Elements of each row of the weight that are asked for before the wait; a multiple of 8."""
-    begins_early: bool = True
+    begins_early: bool = False
     """Whether the next kernel may begin with this one, and not just when the last weights are there."""
 
     @classmethod

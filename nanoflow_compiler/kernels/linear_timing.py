@@ -50,7 +50,8 @@ class _Setting:
         activation = "silu" if self.shape.op == "gated_linear" else ""
 
         def call(weight: Tensor) -> Tensor:
-            linear = Linear(self.x, weight, residual=self.residual, activation=activation)
+            added = {"residual": self.residual, "in_place": self.residual is not None}
+            linear = Linear(self.x, weight, activation=activation, **added)  # type: ignore[arg-type]
             result = by_aten(linear) if choice == ATEN else by_kernel(linear, choice=choice)
             if result is None:
                 raise UnsupportedGraphError("it cannot take the call")
@@ -75,8 +76,12 @@ class _Setting:
 
 def measure(shape: LinearShape, *, device: torch.device) -> list[Measured]:
     """Rows of a table for one shape; all of ATen if that is faster on average, with what follows it."""
-    with unset_fake_temporarily(), torch.inference_mode(), torch.cuda.device(device):
-        found = [_best(_setting(shape, last, device)) for _, last in ROW_RANGES]
+    try:
+        with unset_fake_temporarily(), torch.inference_mode(), torch.cuda.device(device):
+            found = [_best(_setting(shape, last, device)) for _, last in ROW_RANGES]
+    except torch.cuda.OutOfMemoryError:
+        _LOG.info("%s was not measured: there is no memory for it beside the model", shape)
+        return [Measured(shape, 1, _LAST, ATEN)]
     shares = [share for _, share in found]
     fuses = sum(shares) / len(shares) < 1
     return [

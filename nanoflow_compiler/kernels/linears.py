@@ -52,7 +52,10 @@ def compute(call: Linear, *, choice: Choice) -> Tensor:
 def by_kernel(call: Linear, *, choice: Choice) -> Tensor | None:
     """The result; None where ``choice`` is ATen or cannot take the call."""
     run = None if choice == ATEN else IMPLEMENTATIONS.get(choice.implementation)
-    return None if run is None else run(call, dict(choice.tiling))
+    try:
+        return None if run is None else run(call, dict(choice.tiling))
+    except _UnknownTilingError:
+        return None
 
 
 def by_aten(call: Linear) -> Tensor:
@@ -65,14 +68,15 @@ def by_aten(call: Linear) -> Tensor:
         product = torch.addmm(call.bias, call.x, call.weight_t)
     if call.activation:
         return gate(product, activation=call.activation)
-    return product if call.residual is None else call.residual + product
+    return product if call.residual is None else product.add_(call.residual)
 
 
 def gate(product: Tensor, *, activation: str) -> Tensor:
     """``act(gate) * up`` of a product ``[rows, 2 F]``."""
     kernels = _kernels("gated")
     if kernels.can_gate(product, activation=activation):
-        gated: Tensor = kernels.gate_rows(product, activation=activation)
+        pdl = _kernels("pdl").may_chain(product.device)
+        gated: Tensor = kernels.gate_rows(product, activation=activation, pdl=pdl)
         return gated
     first, second = product.chunk(2, dim=1)
     return ACTIVATIONS[activation](first) * second
@@ -80,7 +84,7 @@ def gate(product: Tensor, *, activation: str) -> Tensor:
 
 def _persistent(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
     kernels = _kernels("gemm")
-    given = {"tiling": kernels.GemmTiling(**tiling) if tiling else None}
+    given = {"tiling": _tiling(kernels.GemmTiling, tiling)}
     x, weight = call.x, call.weight_t
     result: Tensor | None = None
     if call.activation:
@@ -96,7 +100,7 @@ def _few_rows(call: Linear, tiling: Mapping[str, Any]) -> Tensor | None:
     kernels = _kernels("few_rows")
     if not _fits_few_rows(kernels, call, tiling):
         return None
-    chosen = kernels.FewRowsTiling(**tiling) if tiling else None
+    chosen = _tiling(kernels.FewRowsTiling, tiling)
     given = {"bias": call.bias, "tiling": chosen, "pdl": _kernels("pdl").may_chain(call.x.device)}
     weight = call.weight_t.t()
     result: Tensor
@@ -114,9 +118,23 @@ def _fits_few_rows(kernels: Any, call: Linear, tiling: Mapping[str, Any]) -> boo
         return False
     if call.residual is not None and call.residual.stride(1) != 1:
         return False
+    if call.bias is not None and not call.bias.is_contiguous():
+        return False
     if call.activation:
         return bool(kernels.can_gate_product(x, weight, activation=call.activation))
     return bool(kernels.can_multiply(x, weight))
+
+
+class _UnknownTilingError(Exception):
+    """A table of another release names what a tiling no longer has."""
+
+
+def _tiling(kind: Any, given: Mapping[str, Any]) -> Any:
+    """What a table has; None, for the kernel's own, where it has nothing."""
+    try:
+        return kind(**given) if given else None
+    except TypeError:
+        raise _UnknownTilingError from None
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"persistent": _persistent, "few_rows": _few_rows}

@@ -12,7 +12,6 @@ of its loop needs the result, hence one page in a turn.
 """
 
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import torch
 import triton
@@ -64,8 +63,6 @@ class PromptTiling:
     lags: bool = True
     holds_queries: bool = False
     """In registers, instead of shared memory."""
-    is_async: bool = False
-    """By :mod:`async_prefill`, which serves plain scores without window and chunk."""
 
     @classmethod
     def of(cls, pages: HeadPages) -> "PromptTiling":
@@ -186,9 +183,6 @@ def attend_prompts(
     query = query if query.stride(-1) == 1 else query.contiguous()
     num_heads, num_kv_heads = query.shape[1], pages.keys.shape[1]
     softcap = scoring.softcap
-    if tiles.tiling.is_async:
-        _attend_async(query, pages, tiles=tiles, scoring=scoring, out=out)
-        return
     launch(_attend_tiles, (tiles.num_ctas,))(
         query,
         query.stride(0),
@@ -221,24 +215,6 @@ def attend_prompts(
         STAGES=tiles.tiling.num_stages,
         num_warps=tiles.tiling.num_warps,
     )
-
-
-def _attend_async(
-    query: Tensor, pages: HeadPages, *, tiles: PromptTiles, scoring: Scoring, out: Tensor
-) -> None:
-    kernel = import_module("nanoflow_compiler.kernels.async_prefill")
-    assert scoring.is_plain
-    assert tiles.visibility == Visibility()
-    assert kernel.serves(pages)
-    shape = {
-        "rows": tiles.rows,
-        "heads_of_each": tiles.rows // tiles.queries,
-        "stages": tiles.tiling.num_stages,
-        "warps": tiles.tiling.num_warps,
-        "ctas": tiles.num_ctas,
-    }
-    plan = tiles.tensors
-    kernel.attend_tiles(query, pages, plan=plan, shape=shape, scale=scoring.scale, out=out)
 
 
 @triton.jit

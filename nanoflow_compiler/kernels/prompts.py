@@ -1,7 +1,5 @@
 """Which kernel serves prompts: ours, or FlashInfer's where it is installed and faster."""
 
-from importlib import import_module
-
 from torch import Tensor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
@@ -14,7 +12,6 @@ from nanoflow_compiler.kernels.flash_prefill import (
 )
 from nanoflow_compiler.kernels.paged_prefill import (
     PromptTiles,
-    PromptTiling,
     attend_prompts,
     plan_prompts,
     prompts_with_room,
@@ -25,9 +22,6 @@ from nanoflow_compiler.scoring import Scoring
 __all__ = ["Tiles", "attend", "least_keys", "plan", "with_room"]
 
 Tiles = PromptTiles | FlashTiles
-
-_PLAIN: PromptTiling | None = None
-"""Of layers that ``async_prefill`` serves; None for what other layers have, as long as it is not measured."""
 
 
 def plan(
@@ -42,13 +36,7 @@ def plan(
     least = least_keys(pages, visibility=visibility) if is_plain else None
     if least is not None and requests.are_long(least):
         return plan_flash_prompts(requests, pages, num_heads=num_heads)
-    return plan_prompts(
-        requests,
-        pages,
-        num_heads=num_heads,
-        visibility=visibility,
-        tiling=_tiling(pages, visibility, is_plain=is_plain),
-    )
+    return plan_prompts(requests, pages, num_heads=num_heads, visibility=visibility)
 
 
 def with_room(
@@ -56,7 +44,6 @@ def with_room(
     *,
     num_heads: int,
     visibility: Visibility,
-    is_plain: bool,
     sizes: tuple[int, int, int],
     is_long: bool,
 ) -> Tiles:
@@ -76,16 +63,7 @@ def with_room(
         visibility=visibility,
         num_tiles=num_tokens,
         num_pages=num_pages,
-        tiling=_tiling(pages, visibility, is_plain=is_plain),
     )
-
-
-def _tiling(pages: HeadPages, visibility: Visibility, *, is_plain: bool) -> PromptTiling | None:
-    """None for that of any layer."""
-    if _PLAIN is None or not is_plain or visibility != Visibility():
-        return None
-    serves = import_module("nanoflow_compiler.kernels.async_prefill").serves
-    return _PLAIN if serves(pages) else None
 
 
 def attend(query: Tensor, pages: HeadPages, *, tiles: Tiles, scoring: Scoring, out: Tensor) -> None:

@@ -137,17 +137,17 @@ def _multiply(measured: Measured, warmup: Warmup) -> None:
     if warmup.hidden_size not in (shape.depth, shape.columns):
         return
     dtype: torch.dtype = getattr(torch, shape.dtype)
-    x = torch.empty(_NUM_TOKENS, shape.depth, dtype=dtype)
+    x = torch.empty(min(_NUM_TOKENS, measured.rows_to), shape.depth, dtype=dtype)
     weight = torch.empty(shape.columns, shape.depth, dtype=dtype)
-    residual = torch.empty(_NUM_TOKENS, shape.columns, dtype=dtype)
+    residual = torch.empty(len(x), shape.columns, dtype=dtype)
     match measured.choice.implementation, shape.op:
         case "few_rows", "gated_linear":
             few = few_rows.FewRowsTiling(**tiling)
-            few_rows.multiply_gated(x[:1], weight, activation="silu", tiling=few, pdl=True)
+            few_rows.multiply_gated(x, weight, activation="silu", tiling=few, pdl=True)
         case "few_rows", op:
             few = few_rows.FewRowsTiling(**tiling)
-            added = residual[:1] if op == "linear_add" else None
-            few_rows.multiply(x[:1], weight, residual=added, out=added, tiling=few, pdl=True)
+            added = residual if op == "linear_add" else None
+            few_rows.multiply(x, weight, residual=added, out=added, tiling=few, pdl=True)
         case "persistent", "gated_linear":
             gemm.multiply_gated(x, weight.t(), activation="silu", tiling=_tiling(tiling))
         case "persistent", op:

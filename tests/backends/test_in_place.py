@@ -15,8 +15,13 @@ def graph_of(function):
 
 
 def sums(graph):
-    found = [node for node in graph.nodes if node.target is fused_ops.linear_add]
-    return [may_overwrite(node) for node in found]
+    """Of each sum whether it may overwrite its residual, in a program of the graph's order."""
+    found, launched = [], set()
+    for node in graph.nodes:
+        if node.target is fused_ops.linear_add:
+            found.append(may_overwrite(node, launched=launched))
+        launched.add(node)
+    return found
 
 
 def two_sums(between, *, after=None):
@@ -62,6 +67,33 @@ def test_one_that_is_returned_is_not():
 
 def test_one_that_is_also_multiplied_is_not():
     assert two_sums(first_of) == [False, False]
+
+
+class ReadLate(torch.nn.Module):
+    """Its first sum is read by one that waits for a cluster, and the cluster for another sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(5))
+
+    def forward(self, x, y, z, v):
+        one, two, three, four, five = self.linears
+        first = x + one(y)
+        waiting = torch.sin(four(torch.cos(three(z))))
+        late = waiting + five(first)
+        return late, waiting + 2 * (first + two(v))
+
+
+def test_a_program_launches_in_another_order_than_the_graph():
+    torch.manual_seed(0)
+    model = ReadLate().eval()
+    xs = [torch.randn(8, 32) for _ in range(4)]
+    torch._dynamo.reset()
+    options = {"kernels": "own", "clusters": "eager", "parts": 1}
+    with torch.inference_mode():
+        found = torch.compile(model, backend="nanoflow", options=options)(*xs)
+        for actual, expected in zip(found, model(*xs), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(("parts", "lanes", "expected"), [(1, 1, True), (2, 1, False)])

@@ -283,22 +283,6 @@ def test_a_pool_of_more_than_two_to_the_31_values():
     prompts.check(prompts.run(**PLAIN), **PLAIN)
 
 
-@pytest.mark.parametrize("requests", REQUESTS, ids=lambda drawn: f"{len(drawn)}x{drawn[0]}")
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (4, 4, 64), (96, 4, 128)])
-@pytest.mark.parametrize(
-    ("rows", "num_warps", "num_stages", "ctas_per_sm"),
-    [(64, 4, 2, 2), (64, 4, 4, 1), (128, 8, 2, 1), (128, 8, 4, 1)],
-)
-def test_two_pages_in_a_turn(
-    requests, heads, kv_heads, dim, rows, num_warps, num_stages, ctas_per_sm
-):
-    from nanoflow_compiler.kernels.paged_prefill import PromptTiling
-
-    prompts = Prompts(requests, heads=heads, kv_heads=kv_heads, dim=dim)
-    tiling = PromptTiling(rows, num_warps, num_stages, ctas_per_sm, is_async=True)
-    prompts.check(prompts.run(**PLAIN, tiling=tiling), **PLAIN)
-
-
 def test_the_same_bits_every_time():
     prompts = Prompts([(300, 200), (0, 70)])
     first = prompts.run(**PLAIN)
