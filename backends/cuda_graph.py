@@ -8,6 +8,7 @@ of the kind. Results are copies: no later call changes them.
 A program that attends to the engine's paged cache is launched: the engine captures whole steps itself.
 """
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -130,6 +131,9 @@ class CudaGraphExecutable:
         self._captured: dict[Hashable, _Kind] = {}
         self._pending: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._pool: GraphPool | None = None
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Event | None = None
+        """The end of the last call: the next one may come on another stream, and writes its inputs."""
         self._has_stopped = False
         """Nothing more is captured; the graphs that there are stay in use."""
 
@@ -138,6 +142,17 @@ class CudaGraphExecutable:
         is_launched = self._has_stopped and not self._captured
         if is_launched or torch.cuda.is_current_stream_capturing():
             return self.launched(inputs, cuts)
+        with self._lock:
+            stream = torch.cuda.current_stream(self._device)
+            if self._last is not None:
+                stream.wait_event(self._last)
+            try:
+                return self._call(inputs, cuts)
+            finally:
+                self._last = torch.cuda.Event()
+                self._last.record(stream)
+
+    def _call(self, inputs: list[Any], cuts: tuple[int, ...]) -> list[Any]:
         key = self._key(inputs, cuts)
         kind = self._captured.get(key)
         if kind is None:

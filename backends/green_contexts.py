@@ -8,7 +8,6 @@ the process, since captured graphs refer to it.
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -92,12 +91,13 @@ def _side(resource: Any, handle: Any, device: torch.device) -> Side:
 
 
 def _driver() -> Any:
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+    try:
+        driver = import_module("cuda.bindings.driver")
+    except ImportError as error:
         raise ConfigError(
             "green contexts need the package cuda-bindings; install nanoflow-compiler[gpu], or pass "
             'sm_budgets="ctas"'
-        )
-    driver = import_module("cuda.bindings.driver")
+        ) from error
     if not hasattr(driver, "cuGreenCtxStreamCreate"):
         raise ConfigError("green contexts need cuda-bindings 12.8 or later; upgrade the package")
     return driver

@@ -49,6 +49,9 @@ class Streams(Protocol):
     def new_event(self) -> Any:
         """With ``record(stream)``; a stream has ``wait_event(event)``."""
 
+    def is_capturing(self) -> bool:
+        """Whether what is launched becomes a graph, which waits for nothing outside of it."""
+
 
 class CudaStreams:
     """Those of torch."""
@@ -64,6 +67,9 @@ class CudaStreams:
 
     def new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
+
+    def is_capturing(self) -> bool:
+        return bool(torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ class LaneStreams:
         self._sides = sides or {}
         """Of a division, by lane."""
         self._made: dict[tuple[int, bool], Any] = {}
+        self.home: Any = None
+        """Of the last run: what it still reads there may be memory of these streams."""
 
     def seat(self, lane: int, *, sms: int | None, kind: BudgetKind, home: Any) -> Seat:
         """Where a launch with so many multiprocessors goes; ``sms`` None stands for the whole device."""
@@ -158,6 +166,10 @@ class Lanes:
         self._outer = budget()
         self._at: dict[int, Any] = {0: self._home}
         self._events: dict[int, Any] = {}
+        if not streams.is_capturing():
+            if seats.home is not None and seats.home != self._home:
+                self._follow(self._home, seats.home)
+            seats.home = self._home
         self._start = streams.new_event()
         self._start.record(self._home)
 

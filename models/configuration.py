@@ -1,6 +1,7 @@
 """From a configuration as JSON to one that is known to describe a decoder."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
@@ -63,11 +64,22 @@ def _with_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dic
             near = get_close_matches(name, sorted(known), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"hf_overrides: {model_type} has no setting {name!r}{hint}")
-    changed = {**values, **overrides}
+    # Copies, because transformers writes into what it is given.
+    changed = _with_rope(deepcopy(values), deepcopy(dict(overrides)))
     layers = overrides.get("num_hidden_layers")
     if isinstance(layers, int) and "layer_types" not in overrides:
         return _with_layers(changed, layers)
     return changed
+
+
+def _with_rope(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Of the two spellings of rotary settings transformers reads one: what is given is said in that."""
+    if "rope_parameters" in overrides:
+        values = {name: value for name, value in values.items() if name not in _LEGACY}
+    elif "rope_parameters" in values and any(name in overrides for name in _LEGACY):
+        rope = values.pop("rope_parameters") or {}
+        values |= {"rope_theta": rope.pop("rope_theta", None), "rope_scaling": rope or None}
+    return {**values, **overrides}
 
 
 def _with_layers(values: dict[str, Any], count: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def failed_at(error: BaseException) -> str:
 
 
 def _is_generated(frame: traceback.FrameSummary) -> bool:
-    return frame.filename.startswith("<nanoflow") or frame.name == "run"
+    """By its name: Triton and others have functions called ``run`` as well."""
+    is_dumped = frame.name == "run" and Path(frame.filename).name.startswith("program_")
+    return frame.filename.startswith("<nanoflow") or is_dumped
 
 
 @cache

@@ -147,8 +147,8 @@ def table_of(device_name: str) -> ChoiceTable:
 
 def identity_of(device_name: str, *, with_measured: bool = True) -> str:
     """Text that differs where the tables of a GPU serve other shapes, as they are on disk now."""
-    rows = _read(PACKAGED, device_name)
-    rows += _read(_measured_path(), device_name) if with_measured else []
+    packaged = _read(PACKAGED, device_name)
+    rows = table_of(device_name).measured() if with_measured else packaged
     served = {row.shape for row in rows if row.choice != ATEN}
     return json.dumps(sorted(tuple(map(str, asdict(shape).values())) for shape in served))
 

@@ -222,9 +222,9 @@ def _backend_name(config: CompileConfig, plan: Schedule, unit: Unit) -> str:
 def _budgets(config: CompileConfig, plan: Schedule) -> Budgets:
     """What the memory lane takes beside others is the same in all of a plan."""
     shares = [slot.sms for slot in plan.slots if slot.lane == 1 and 0 < slot.sms < plan.num_sms]
-    return Budgets(
-        kind=config.sm_budgets, num_sms=plan.num_sms, memory_sms=max(shares, default=plan.num_sms)
-    )
+    if not shares:
+        return Budgets(kind="none", num_sms=plan.num_sms, memory_sms=plan.num_sms)
+    return Budgets(kind=config.sm_budgets, num_sms=plan.num_sms, memory_sms=max(shares))
 
 
 def _tokens_of(captured: CapturedGraph) -> tuple[int, int] | None:

@@ -59,6 +59,7 @@ def _identity(packed: PackedDecoder, config: CompileConfig) -> Iterator[str]:
     yield from (platform.machine(), torch.backends.cpu.get_cpu_capability())
     yield str(torch.get_num_threads())
     yield torch.cuda.get_device_name(packed.device) if packed.device.type == "cuda" else "cpu"
+    yield str(packed.device)  # generated sources name it
     yield repr({key: value for key, value in asdict(config).items() if key not in _NOT_KEYS})
     if packed.device.type == "cuda":  # whose tables say which operators a graph has
         own = config.gemms != "measure"  # while compiling, which changes what was measured

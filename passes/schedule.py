@@ -25,6 +25,7 @@ from typing import Literal
 
 import networkx as nx
 
+from nanoflow_compiler.errors import ConfigError
 from nanoflow_compiler.hardware import DeviceSpec
 from nanoflow_compiler.ir import NanoGraph, NanoOp, OpKind, Resource, Schedule, Slot
 from nanoflow_compiler.passes.estimate import roofline
@@ -59,6 +60,8 @@ def schedule(
     nano: NanoGraph, *, device: DeviceSpec, lanes: int, memory_sms: MemorySms = "auto"
 ) -> Schedule:
     """The list schedule of ``nano`` on ``lanes`` lanes of ``device``."""
+    if lanes > 1 and memory_sms != "auto":
+        _check_share(memory_sms, device)
     dag = _dag(nano)
     sms = memory_share(device) if memory_sms == "auto" else min(memory_sms, device.num_sms)
     rules = _RULES if lanes > 1 else _RULES[:1]
@@ -86,6 +89,15 @@ def _power_floor_us(joules: float, device: DeviceSpec) -> float:
     if device.power_cap_watts is None:
         return 0.0
     return joules / (device.power_cap_watts - device.idle_watts) * 1e6
+
+
+def _check_share(memory_sms: int, device: DeviceSpec) -> None:
+    most = device.num_sms - SM_STEP
+    if device.num_sms > SM_STEP and not SM_STEP <= memory_sms <= most:
+        raise ConfigError(
+            f"memory_sms must be from {SM_STEP} to {most} on {device.name}, so that each lane has "
+            f"some, not {memory_sms}"
+        )
 
 
 def _dag(nano: NanoGraph) -> "nx.DiGraph[str]":

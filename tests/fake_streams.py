@@ -52,6 +52,9 @@ class FakeStreams:
         self.num_events += 1
         return FakeEvent()
 
+    def is_capturing(self):
+        return False
+
 
 class FakeSide:
     """Of a divided GPU."""

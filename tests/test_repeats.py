@@ -48,7 +48,13 @@ def both_traces(model, monkeypatch) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama", 3), ("gpt2", 3), ("mixtral", 3), ("deepseek_v3", 2)]
+    ("name", "count"),
+    [
+        ("llama", 3),
+        ("gpt2", 3),
+        pytest.param("mixtral", 3, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_is_that_of_a_trace_of_all_layers(name, count, repeated, monkeypatch):
     found, wanted = both_traces(BUILDERS[name](num_hidden_layers=NUM_LAYERS), monkeypatch)

@@ -180,9 +180,9 @@ class _Bench:
             warnings.simplefilter("always")
             captured = list(graphs.capture([bucket]))
         notes = [str(one.message) for one in told]
-        if not captured:
-            return {"error": notes[-1] if notes else "it was not captured"}
         try:
+            if not captured:
+                return {"error": notes[-1] if notes else "it was not captured"}
             ready = graphs.ready(one.batch, one.sampling)
             assert ready is not None
             agreement = self._compare(graphs.run(ready), one)

@@ -61,9 +61,10 @@ def print_startup(found: Mapping[str, Any]) -> None:
     """Means of the stages in seconds, on standard output."""
     states = [state for state in ("cold", "warm") if f"{state}_stages" in found]
     table = Table("stage", *(f"{state} (s)" for state in states))
+    has_parts = any(any(found[f"{state}_parts"].values()) for state in states)
     for stage in found[f"{states[0]}_stages"]:
         table.add_row(stage, *(f"{found[f'{state}_stages'][stage]:.2f}" for state in states))
-        for part in PARTS if stage == "compile" else ():
+        for part in PARTS if stage == "compile" and has_parts else ():
             seconds = (found[f"{state}_parts"].get(part, 0.0) for state in states)
             table.add_row(f"  {part}", *(f"{each:.2f}" for each in seconds))
     table.add_row("total", *(f"{found[f'avg_{state}_startup_time']:.2f}" for state in states))

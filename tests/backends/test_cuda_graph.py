@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from fake_streams import FakeStream, FakeStreams
 from nanoflow_compiler.backends import cuda_graph
 from nanoflow_compiler.backends.cuda_graph import CudaGraphExecutable, written_inputs
 from tiny_models import llama
@@ -59,6 +60,9 @@ def graphs(monkeypatch):
     monkeypatch.setattr(cuda_graph, "on_gpu", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    streams = FakeStreams()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams.current())
+    monkeypatch.setattr(torch.cuda, "Event", streams.new_event)
     return CudaGraphExecutable(
         Program(),
         weights=frozenset({1}),
@@ -82,6 +86,21 @@ def test_results_are_those_of_launches_and_nothing_changes_them(graphs):
         assert added.tolist() == [at + 1] * 3
         assert doubled.untyped_storage().data_ptr() == added.untyped_storage().data_ptr()
     assert len(graphs._captured) == 1
+
+
+def test_a_call_on_another_stream_waits_for_the_last(graphs, monkeypatch):
+    """It writes where the replay of the last one reads."""
+    given = ([torch.ones(3), torch.ones(3), torch.zeros(1)], (0, 1))
+    one, other = FakeStream("one"), FakeStream("other")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
+    graphs(*given)
+    launched = one.launch()
+    graphs(*given)
+    launched = one.launch()
+    graphs(*given)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: other)
+    graphs(*given)
+    assert other.runs_after(launched)
 
 
 def test_calls_of_a_kind_share_a_graph(graphs):

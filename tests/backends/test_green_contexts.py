@@ -84,7 +84,10 @@ def test_a_driver_without_green_contexts_is_named(driver):
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(green_contexts, "find_spec", lambda _: None)
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(green_contexts, "import_module", missing)
     with pytest.raises(ConfigError, match="cuda-bindings; install nanoflow-compiler"):
         green_contexts._driver()
 
