@@ -24,17 +24,26 @@ _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Si
 
 
 @contextmanager
-def watched(module: nn.Module) -> Iterator[Reads]:
-    """What is read of ``module`` and of what is in it, until the end."""
+def watched(module: nn.Module) -> Iterator[Reads | None]:
+    """What is read of ``module`` and of what is in it, until the end; None where a class refuses it."""
     reads: Reads = set()
     classes = {part: type(part) for part in module.modules()}
-    for part, kind in classes.items():
-        part.__class__ = _watched_class(kind, reads)
+    try:
+        for part, kind in classes.items():
+            part.__class__ = _watched_class(kind, reads)
+    except TypeError:  # of a class that has slots, or wants arguments of its subclasses
+        _restore(classes)
+        yield None
+        return
     try:
         yield reads
     finally:
-        for part, kind in classes.items():
-            part.__class__ = kind
+        _restore(classes)
+
+
+def _restore(classes: dict[nn.Module, type[nn.Module]]) -> None:
+    for part, kind in classes.items():
+        part.__class__ = kind
 
 
 def _watched_class(kind: type[nn.Module], reads: Reads) -> type[nn.Module]:

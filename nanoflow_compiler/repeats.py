@@ -84,7 +84,9 @@ class LayerRepeats:
             result = forward()
         made = _made_after(last)
         returned = _Call.of(result)
-        if returned is not None and state_of(layer) == before and call.is_unchanged:
+        if reads is None or returned is None:
+            return result
+        if state_of(layer) == before and call.is_unchanged:
             traced = _TracedLayer(layer, call, returned, made, reads, _weights(layer, call.tracer))
             if traced.is_closed:
                 self._traced.append(traced)

@@ -262,7 +262,7 @@ def test_damaged_files(damage, model_dir, cache):
     [
         (["--parts", "zorp"], ["parts", "'auto' or an integer from 1 to 16", "'zorp'"]),
         (["--parts", "99"], ["parts", "99"]),
-        (["--backend", "stone"], ["backend must be one of codegen, reference", "'stone'"]),
+        (["--backend", "stone"], ["backend must be one of auto, codegen, streams", "'stone'"]),
         (["--dtype", "int3"], ["dtype must be auto or one of", "'int3'"]),
         (["--max-model-len", "100000"], ["max_model_len=100000", str(MAX_TOKENS)]),
         (["--max-num-seqs", "0"], ["max_num_seqs"]),

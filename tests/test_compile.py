@@ -92,7 +92,7 @@ assert "nanoflow_compiler.compiler" in sys.modules
         ({"options": {"parts": 0}}, "parts must be 'auto' or an integer from 1 to 16, not 0"),
         ({"options": {"parts": True}}, "parts must be 'auto' or an integer"),
         ({"options": {"device": "abacus"}}, "device must be one of auto, .*a100-80gb"),
-        ({"options": {"backend": "stone"}}, "backend must be one of codegen, reference"),
+        ({"options": {"backend": "stone"}}, "backend must be one of auto, codegen, streams"),
         ({"options": {"fuse": 1}}, "fuse must be True or False"),
         ({"mode": "max-autotune"}, "mode 'max-autotune' is Inductor's; nanoflow takes options"),
     ],

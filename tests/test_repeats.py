@@ -107,6 +107,20 @@ def test_what_layers_leave_for_others_is_found(repeated, monkeypatch):
     assert found == wanted
 
 
+def test_layers_of_a_class_that_cannot_be_watched_are_traced_themselves(repeated, monkeypatch):
+    class Demanding(modeling_llama.LlamaMLP):
+        def __init_subclass__(cls, *, name: str) -> None:
+            super().__init_subclass__()
+
+    model = llama(num_hidden_layers=NUM_LAYERS)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Demanding
+    found, wanted = both_traces(model, monkeypatch)
+    assert found == wanted
+    assert repeated[-1].num_repeated == 0
+    assert all(type(layer.mlp) is Demanding for layer in model.model.layers)
+
+
 def test_modules_are_as_they_were(repeated):
     packed = PackedDecoder(llama(num_hidden_layers=NUM_LAYERS), max_length=MAX_LENGTH)
     kinds = [type(module) for module in packed.modules()]
