@@ -24,7 +24,7 @@ from nanoflow_compiler.backends.clusters import Kernels
 from nanoflow_compiler.backends.lanes import Budgets
 from nanoflow_compiler.backends.unit import Unit, device_of, takes_part
 from nanoflow_compiler.errors import ConfigError
-from nanoflow_compiler.graph_pool import GraphPool, failed_at
+from nanoflow_compiler.graph_pool import GraphPool, failed_at, reason_of
 from nanoflow_compiler.graphs import call_nodes
 from nanoflow_compiler.ir import Program
 
@@ -198,8 +198,7 @@ class CudaGraphExecutable:
                     lambda: self.launched(list(kind.inputs), cuts)
                 )
         except Exception as error:  # whatever a capture trips over, launched it may run
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            self._stop(f"{reason}{failed_at(error)}")
+            self._stop(f"{reason_of(error)}{failed_at(error)}")
             return self.launched(inputs, cuts)
         self._captured[key] = kind
         kind.graph.replay()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from nanoflow_compiler.graphs import overload
+from nanoflow_compiler.graphs import is_ours
 from nanoflow_compiler.ir import Launch, Op, OpGraph, OpKind, Program, Read, Span
 from nanoflow_compiler.ir.replay import is_order
 
@@ -89,8 +89,7 @@ def _launches(program: Program) -> Iterator[Launch]:
 
 def takes_part(node: fx.Node) -> bool:
     """Whether the last argument of a node is the part of the step that it works on."""
-    names = ("kv_append", "rotary_append", "paged_attention", "attention")
-    return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]
+    return is_ours(node, ("kv_append", "rotary_append", "paged_attention", "attention"))
 
 
 _SUM = "linear_add"
@@ -103,14 +102,10 @@ def may_overwrite(node: fx.Node, *, launched: AbstractSet[fx.Node]) -> bool:
 
     So it is where the residual is a sum as well, and whatever else reads it was launched and keeps no view.
     """
-    if not _is_ours(node, (_SUM,)):
+    if not is_ours(node, (_SUM,)):
         return False
     residual = node.args[0]
     assert isinstance(residual, fx.Node)
     others = [user for user in residual.users if user is not node]
     is_last = node.args.count(residual) == 1 and launched >= set(others)
-    return _is_ours(residual, (_SUM,)) and is_last and all(_is_ours(u, _NEW) for u in others)
-
-
-def _is_ours(node: fx.Node, names: tuple[str, ...]) -> bool:
-    return overload(node) in [getattr(torch.ops.nanoflow, name, None) for name in names]
+    return is_ours(residual, (_SUM,)) and is_last and all(is_ours(u, _NEW) for u in others)

@@ -1,7 +1,8 @@
 """Operators that stand for several nodes of a graph: linears with what follows, rotary with the append.
 
-Each computes what the nodes did, with the same roundings; on a GPU, sums in place have one less. On a CPU it is those very ATen calls; on a
-GPU a kernel of ours where one was measured to be faster (:mod:`nanoflow_compiler.kernel_choice`).
+Each computes what the nodes did, with the same roundings; on a GPU, sums in place have one less. On a
+CPU it is those very ATen calls; on a GPU a kernel of ours where one was measured to be faster
+(:mod:`nanoflow_compiler.kernel_choice`).
 Weights come as a product takes them: ``[depth, columns]``, the transposed view of a parameter.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GraphPool", "failed_at"]
+__all__ = ["GraphPool", "failed_at", "reason_of"]
 
 
 class GraphPool:
@@ -49,6 +49,11 @@ class GraphPool:
                 raise
             graph.capture_end()
         return graph, outputs
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what it says; of one that says nothing, its kind."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def failed_at(error: BaseException) -> str:

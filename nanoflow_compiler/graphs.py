@@ -1,7 +1,7 @@
 """Small tools over FX graphs at the ATen level, used by passes and backends alike."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "input_tensors",
     "insert_call",
     "is_handle",
+    "is_ours",
     "is_size",
     "is_tensor",
     "map_nodes",
@@ -129,6 +130,11 @@ def is_handle(node: fx.Node) -> bool:
     if overload(node) is operator.getitem and node.args[1] == 1:
         return overload(operand(node, 0)) is _ours("rotary_append")
     return overload(node) is _ours("kv_append")
+
+
+def is_ours(node: fx.Node, names: Collection[str]) -> bool:
+    """Whether a node calls one of our operators of these names."""
+    return overload(node) in [_ours(name) for name in names]
 
 
 def _ours(name: str) -> Any:

@@ -146,9 +146,8 @@ def table_of(device_name: str) -> ChoiceTable:
 
 
 def identity_of(device_name: str, *, with_measured: bool = True) -> str:
-    """Text that differs where the tables of a GPU serve other shapes, as they are on disk now."""
-    packaged = _read(PACKAGED, device_name)
-    rows = table_of(device_name).measured() if with_measured else packaged
+    """Text that differs where the tables of a GPU, as this process uses them, serve other shapes."""
+    rows = table_of(device_name).measured() if with_measured else _read(PACKAGED, device_name)
     served = {row.shape for row in rows if row.choice != ATEN}
     return json.dumps(sorted(tuple(map(str, asdict(shape).values())) for shape in served))
 

@@ -16,6 +16,8 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 
+from nanoflow_compiler.graphs import dtype_name
+
 if TYPE_CHECKING:  # the process knows nothing of models, and starts sooner
     from nanoflow_compiler.models.hf import PackedDecoder
 
@@ -64,7 +66,7 @@ class Warmup:
                 num_kv_heads=layer.num_kv_heads,
                 head_dim=layer.head_dim,
                 v_head_dim=layer.v_head_dim,
-                dtype=_name(layer.dtype),
+                dtype=dtype_name(layer.dtype),
                 softcap=softcap,
             )
             for layer in packed.layers
@@ -75,13 +77,9 @@ class Warmup:
             device_name=torch.cuda.get_device_name(packed.device),
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
-            dtype=_name(packed.model.dtype),
+            dtype=dtype_name(packed.model.dtype),
             layers=(*kinds,),
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class KernelWarmup:

@@ -13,6 +13,7 @@ from nanoflow_compiler.engine.assemble import Assembled, assemble
 from nanoflow_compiler.engine.core import EngineCore
 from nanoflow_compiler.engine.engine_config import EngineConfig
 from nanoflow_compiler.engine.served import Loading, Served
+from nanoflow_compiler.graphs import dtype_name
 from nanoflow_compiler.models import Decoder
 from nanoflow_compiler.models.place import current_device
 
@@ -51,7 +52,7 @@ def build_engine(
     start = time.perf_counter()
     served = Served.find(model, tokenizer=tokenizer, loading=loading)
     loaded = time.perf_counter()
-    place = {"device": str(served.model.device), "dtype": _name(served.model)}
+    place = {"device": str(served.model.device), "dtype": dtype_name(served.model.dtype)}
     with current_device(served.model.device):
         assembled = assemble(served, config, compile_config=compile_config)
     made = time.perf_counter()
@@ -67,10 +68,6 @@ def build_engine(
         seconds={"load": loaded - start, "compile": compile_s, **capture},
         compile_seconds=assembled.compile_seconds,
     )
-
-
-def _name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _sampling_defaults(model: PreTrainedModel) -> dict[str, float]:

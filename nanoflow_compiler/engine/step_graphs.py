@@ -25,7 +25,7 @@ from nanoflow_compiler.engine.forward import CutFn, Forward
 from nanoflow_compiler.engine.sampler import draw_on_gpu
 from nanoflow_compiler.engine.sampling_batch import SamplingBatch
 from nanoflow_compiler.engine.step_inputs import StepInputs, layout_of, pack_inputs
-from nanoflow_compiler.graph_pool import GraphPool, failed_at
+from nanoflow_compiler.graph_pool import GraphPool, failed_at, reason_of
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 from nanoflow_compiler.paged_attention import Plan, PlanKey, Room
 from nanoflow_compiler.upload import Array, num_bytes, stage, views
@@ -167,7 +167,7 @@ class StepGraphs:
             self._long[bucket] = self._capture(bucket, is_long=True)
         except Exception as error:
             message = "the kernel of long prompts is not captured, and not used"
-            warnings.warn(f"{message}: {_reason(error)}", stacklevel=3)
+            warnings.warn(f"{message}: {reason_of(error)}", stacklevel=3)
         else:
             self._least_long_keys = least
 
@@ -175,9 +175,8 @@ class StepGraphs:
         layout, arrays = self._inputs(bucket, bucket.example())
         inputs, draw = self._place(arrays, DrawColumns.none().padded(bucket.num_rows))
         parts = self.forward.parts(layout, cuts=self._cuts(bucket), slots=inputs.kv_slots)
-        self._run(
-            bucket, inputs, draw, parts
-        )  # compiles most kernels, and plans what has no room yet
+        # Compiles most kernels, and plans what has no room yet.
+        self._run(bucket, inputs, draw, parts)
         placed = tuple(
             replace(part, plans=self._with_room(at, part.plans, bucket=bucket, is_long=is_long))
             for at, part in enumerate(parts)
@@ -251,9 +250,5 @@ def _refusal(bucket: Bucket, error: Exception) -> str:
     kind = "steps with prompts" if bucket.has_prompts else "decode steps"
     return (
         f"{kind} of up to {bucket.num_tokens} tokens are not captured as CUDA graphs, and run launched "
-        f"one operation at a time: {_reason(error)}{failed_at(error)}"
+        f"one operation at a time: {reason_of(error)}{failed_at(error)}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
