@@ -41,14 +41,25 @@ class GraphPool:
             try:
                 outputs = launch()
             except BaseException:
-                # All that they say is that the capture failed.
-                with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
-                    graph.capture_end()
+                # All that they say is that a capture failed, and that one is empty.
+                with warnings.catch_warnings(action="ignore"):
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    _capture_nothing()
                 # The broken capture may still count as recording in there.
                 self._memory = torch.cuda.graph_pool_handle()
                 raise
             graph.capture_end()
         return graph, outputs
+
+
+def _capture_nothing() -> None:
+    """After a capture that failed, PyTorch's generator counts as captured, and every draw from it is
+    an error, until another capture ends well.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    graph.capture_end()
 
 
 def reason_of(error: BaseException) -> str:

@@ -205,8 +205,13 @@ def test_inputs_that_a_graph_writes_to():
     assert written_inputs(traced.module) == {"cache"}
 
 
-def generated(model, ids, *, new=12):
+def generated(model, ids, *, new=12, has_memory=True):
     cache = StaticCache(config=model.config, max_cache_len=64)
+    if has_memory:
+        config = model.config
+        cache.early_initialization(
+            len(ids), config.num_key_value_heads, config.head_dim, model.dtype, model.device
+        )
     return model.generate(
         ids,
         past_key_values=cache,
@@ -232,6 +237,21 @@ def test_generate_over_a_static_cache_is_that_of_eager(parts):
     for _ in range(2):
         for ids, wanted in zip(prompts, expected, strict=True):
             assert torch.equal(generated(model, ids), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled")
+def test_prompts_over_a_cache_without_memory_run_launched():
+    """Until its first call, a cache of transformers counts its tokens on the CPU."""
+    model = llama().cuda()
+    ids = torch.arange(3, 12, device="cuda")[None]
+    expected = generated(model, ids, has_memory=False)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="nanoflow", options=OPTIONS)
+    with pytest.warns(UserWarning, match="an input is on the CPU"):
+        found = generated(model, ids, has_memory=False)
+    assert torch.equal(found, expected)
+    assert torch.equal(generated(model, ids, has_memory=False), expected)
 
 
 @pytest.mark.gpu

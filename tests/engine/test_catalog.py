@@ -4,7 +4,7 @@ import pytest
 
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
-from nanoflow_compiler.models.published import catalog_names
+from nanoflow_compiler.models.published import catalog_config, catalog_names
 
 # Inductor's advice on a reduction that it splits.
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled")
@@ -47,7 +47,7 @@ def test_tokens_of_every_configuration(device, name, changes):
     ]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
     with LLM(name, **settings) as llm:
-        assert llm.facts["dtype"] == "bfloat16"
+        assert llm.facts["dtype"] == catalog_config(name)["torch_dtype"]
         if device == "cuda":
             assert llm._core.runner.graphs.buckets.all
         first = llm.generate(prompts, params)

@@ -135,6 +135,7 @@ def test_a_failed_capture_leaves_no_trace():
             pool.capture(read)
         assert torch.cuda.current_stream() == stream
         assert values.sum().item() == 6
+        assert torch.rand(4, device="cuda").max() < 1
 
     graph, (doubled,) = pool.capture(lambda: (values * 2,))
     graph.replay()

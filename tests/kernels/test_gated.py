@@ -28,7 +28,9 @@ def test_rows(rows, columns, pdl, activation, dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 1.6e-2
     torch.testing.assert_close(out, wanted, rtol=tolerance, atol=1e-5)
     if dtype is not torch.float32:
-        assert (out != wanted).float().mean() < 0.02
+        # Further below zero, eager computes one less almost one.
+        is_accurate = gate > -2
+        assert (out != wanted)[is_accurate].float().mean() < 0.02
     out.fill_(torch.nan)
     assert around.isnan().all()
 
