@@ -8,7 +8,7 @@ import typer
 
 from nanoflow_compiler.errors import ConfigError
 
-__all__ = ["Device", "DummyDistributionFlag", "HfOverrides", "ModelSettings"]
+__all__ = ["Device", "DummyDistributionFlag", "HfOverrides", "ModelSettings", "json_object"]
 
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:N; auto: a GPU if there is one.")
@@ -19,21 +19,21 @@ DummyDistributionFlag = Annotated[
 ]
 
 
-def _read_overrides(given: str | dict[str, Any]) -> dict[str, Any]:
-    """A file of flags may hold the mapping itself."""
+def json_object(given: str | dict[str, Any]) -> dict[str, Any]:
+    """Parses a flag; a file of flags may hold the mapping itself."""
     try:
         values = json.loads(given) if isinstance(given, str) else given
     except json.JSONDecodeError:
         values = None
     if not isinstance(values, dict):
-        raise typer.BadParameter(f'{given!r} is no JSON object, such as {{"num_hidden_layers": 2}}')
+        raise typer.BadParameter(f'{given!r} is no JSON object, such as {{"name": 2}}')
     return values
 
 
 HfOverrides = Annotated[
     dict[str, Any] | None,
     typer.Option(
-        parser=_read_overrides, metavar="JSON", help="Replace values of the model's config.json."
+        parser=json_object, metavar="JSON", help="Replace values of the model's config.json."
     ),
 ]
 

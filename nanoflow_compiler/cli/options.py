@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoflow_compiler.bench.model import Device, DummyDistributionFlag, HfOverrides
+from nanoflow_compiler.bench.model import Device, DummyDistributionFlag, HfOverrides, json_object
 
 __all__ = [
     "CompileFlags",
@@ -81,10 +81,21 @@ class StepFlags:
         bool, typer.Option("--enforce-eager", help="Do not compile; for comparison.")
     ] = False
     parts: Annotated[str, typer.Option(help="Nano-batches of each operation, or auto.")] = "auto"
+    compile_options: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            parser=json_object, metavar="JSON", help='Further options, such as {"fuse": false}.'
+        ),
+    ] = None
 
     def options(self) -> dict[str, Any]:
-        """Fields of ``CompileConfig``; those that were not given are left out."""
-        return {"parts": int(self.parts) if self.parts.isdecimal() else self.parts}
+        """Fields of ``CompileConfig``; a flag of its own wins over ``compile_options``."""
+        parts = int(self.parts) if self.parts.isdecimal() else self.parts
+        return (
+            {"parts": "auto"}
+            | (self.compile_options or {})
+            | ({} if parts == "auto" else {"parts": parts})
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,5 +107,5 @@ class CompileFlags(StepFlags):
     ] = None
 
     def options(self) -> dict[str, Any]:
-        """Fields of ``CompileConfig``; those that were not given are left out."""
+        """Fields of ``CompileConfig``; a flag of its own wins over ``compile_options``."""
         return StepFlags.options(self) | given(backend=self.backend)

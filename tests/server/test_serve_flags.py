@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 from dataclasses import fields
 
+import json
+
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -165,6 +167,15 @@ def write(tmp_path):
         return file
 
     return write
+
+
+def test_options_of_the_compiler(serve):
+    given = '{"kernels": "aten", "parts": 2, "backend": "reference"}'
+    flags = ("m", "--compile-options", given)
+    assert serve("m").engine.options == {"parts": "auto"}
+    assert serve(*flags).engine.options == json.loads(given)
+    expected = {"kernels": "aten", "parts": 4, "backend": "codegen"}
+    assert serve(*flags, "--parts", 4, "--backend", "codegen").engine.options == expected
 
 
 def test_a_file_of_flags(serve, write):
