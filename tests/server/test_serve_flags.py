@@ -1,9 +1,8 @@
 """What users type after ``nanoflow serve``, those of vLLM included."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import fields
-
-import json
 
 import pytest
 from typer.main import get_command
