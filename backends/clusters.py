@@ -7,6 +7,7 @@ where that does not hold, or nothing could be compiled, the nodes run as they ar
 """
 
 import hashlib
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -129,12 +130,13 @@ def _compile(module: fx.GraphModule, op: Op, unit: Unit) -> _Made:
         compiled = compile_fx_inner(traced, [*inputs, *sizes])
     call = getattr(compiled, "current_callable", None) or compiled
     assumed = _assumed(bound, fakes)
-    text = _entry(bound, assumed)
+    fallback = _uncompiled_source(module) if assumed else ""
+    text = f"{fallback or ''}{_entry(bound, assumed)}"
     names = {"call": call, "uncompiled": _uncompiled(module)}
     exec(text, names)
     source = str(getattr(compiled, "source_code", ""))
-    alone = bool(source) and not assumed and not getattr(compiled, "constants", None)
-    return _Made(names["kernel"], f"{source}\n\n{text}", portable=alone)
+    alone = source and fallback is not None and not getattr(compiled, "constants", None)
+    return _Made(names["kernel"], f"{source}\n\n{text}", portable=bool(alone))
 
 
 def _assumed(bound: BoundLayouts, fakes: Fakes) -> list[str]:
@@ -151,6 +153,23 @@ def _entry(bound: BoundLayouts, assumed: list[str]) -> str:
 
 def _uncompiled(module: fx.GraphModule) -> Kernel:
     return lambda args: module(*args)
+
+
+_NAMED = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
+"""What fx offers the code of any module; the first four are what nodes on flat arguments use."""
+
+
+def _uncompiled_source(module: fx.GraphModule) -> str | None:
+    """The same as text, a function ``uncompiled``; None for nodes that are more than their text."""
+    code = module.graph.python_code("self")
+    if module.graph.find_nodes(op="get_attr") or not code.globals.keys() <= _NAMED:
+        return None
+    imports = "import torch\nfrom math import inf, nan\nfrom torch import device\n"
+    body = textwrap.indent(f"{imports}\n{code.src.strip()}\n\nreturn forward", "    ")
+    return (
+        f"def _make():\n{body}\n\n\n_forward = _make()\n\n\n"
+        "def uncompiled(args):\n    return _forward(None, *args)\n\n\n"
+    )
 
 
 def _laid_out_as(made: Any, wanted: Any) -> Any:

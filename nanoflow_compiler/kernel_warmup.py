@@ -8,6 +8,7 @@ and a kernel that is not there is compiled when it is first launched.
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,7 @@ class KernelWarmup:
             stderr=messages,
             # The GPU's memory is divided by what is free: nobody else is to use some for a while.
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # it has processes of its own, which end with it
         )
         return cls(process, messages)
 
@@ -128,7 +130,7 @@ class KernelWarmup:
     def close(self) -> None:
         """End the process, and log why it failed if it did."""
         if self._process.poll() is None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.wait() > 0:
             self._messages.seek(0)
             last = self._messages.read().decode(errors="replace").strip().rpartition("\n")[2]

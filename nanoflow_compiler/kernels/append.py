@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 
 __all__ = ["append_pages"]
@@ -32,7 +33,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@triton.jit
+@jit
 def _append(
     key_ptr,
     value_ptr,

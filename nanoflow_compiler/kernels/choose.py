@@ -31,6 +31,7 @@ from nanoflow_compiler.engine.draw import Draw
 from nanoflow_compiler.errors import UnsupportedGraphError
 from nanoflow_compiler.kernels.cut import gather, narrow, settle
 from nanoflow_compiler.kernels.cut_parts import CANDIDATES, SUMS
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pdl import launch, take_turn
 from nanoflow_compiler.kernels.race import (
     depth_of,
@@ -126,12 +127,12 @@ def _num_splits(num_rows: int) -> int:
     return max(_LEAST_SPLITS, min(wanted, _MOST_SPLITS))
 
 
-@triton.jit
+@jit
 def _is_drawn(temperature, limit):
     return (temperature > 0) & (limit > 1)
 
 
-@triton.jit
+@jit
 def _scan(
     logits_ptr,
     row_stride,
@@ -159,7 +160,7 @@ def _scan(
         tl.store(peaks_ptr + row * num_chunks + chunk, tl.max(logits, 0))
 
 
-@triton.jit
+@jit
 def _draw(
     logits_ptr,
     row_stride,
@@ -203,7 +204,7 @@ def _draw(
         tl.store(winners_ptr + place, winner)
 
 
-@triton.jit
+@jit
 def _best_of_splits(values_ptr, winners_ptr, row, num_splits, SPLITS: tl.constexpr):
     splits = tl.arange(0, SPLITS)
     is_split = splits < num_splits
@@ -212,7 +213,7 @@ def _best_of_splits(values_ptr, winners_ptr, row, num_splits, SPLITS: tl.constex
     return first_best(values, tl.load(winners_ptr + place, mask=is_split, other=0))
 
 
-@triton.jit
+@jit
 def _check(
     logits_ptr,
     row_stride,
@@ -265,7 +266,7 @@ def _check(
             tl.atomic_add(weights_ptr + 2, count, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _finish(
     logits_ptr,
     row_stride,

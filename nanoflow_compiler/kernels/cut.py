@@ -12,7 +12,6 @@ round before and finds the part anew, so that nothing waits. What is left, at mo
 then settled in registers. Rows of which more is left (equal logits, say) go on in one thread block.
 """
 
-import triton
 import triton.language as tl
 
 from nanoflow_compiler.kernels.cut_parts import (
@@ -26,6 +25,7 @@ from nanoflow_compiler.kernels.cut_parts import (
     opening,
     store_counts,
 )
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pdl import take_turn
 from nanoflow_compiler.kernels.token_math import (
     NOWHERE,
@@ -38,7 +38,7 @@ from nanoflow_compiler.kernels.token_math import (
 __all__ = ["gather", "narrow", "settle"]
 
 
-@triton.jit
+@jit
 def narrow(
     logits_ptr,
     row_stride,
@@ -99,7 +99,7 @@ def narrow(
             store_counts(sums_ptr, counts, ROUND)
 
 
-@triton.jit
+@jit
 def gather(
     logits_ptr,
     row_stride,
@@ -146,7 +146,7 @@ def gather(
                     tl.store(candidates_ptr + places, depths, mask=is_left)
 
 
-@triton.jit
+@jit
 def _settle_few(candidates_ptr, number, part, limit):
     """The cut of a part of which the tokens were gathered."""
     low, high, count_before, _ = part
@@ -160,7 +160,7 @@ def _settle_few(candidates_ptr, number, part, limit):
     return low
 
 
-@triton.jit
+@jit
 def _search(
     row_ptr,
     peaks_ptr,
@@ -197,7 +197,7 @@ def _search(
     return low
 
 
-@triton.jit
+@jit
 def settle(
     logits_ptr,
     row_stride,

@@ -1,8 +1,8 @@
 """Parts of the range of depths, and how a round of :mod:`cut` narrows them."""
 
-import triton
 import triton.language as tl
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.token_math import scaled_depths
 
 __all__ = [
@@ -25,17 +25,17 @@ SUMS = 2 * 16
 _HALF_OCTAVE = tl.constexpr(1 << 22)
 
 
-@triton.jit
+@jit
 def first_step():
     return _HALF_OCTAVE
 
 
-@triton.jit
+@jit
 def even_step(low, high):
     return (high - low + PIVOTS - 1) // PIVOTS
 
 
-@triton.jit
+@jit
 def _joined(sums):
     """``[THREADS, PIVOTS]`` of 16 sums ``[THREADS]``."""
     a = tl.join(tl.join(sums[0], sums[8]), tl.join(sums[4], sums[12]))
@@ -46,7 +46,7 @@ def _joined(sums):
     return tl.reshape(whole, [sums[0].shape[0], PIVOTS])
 
 
-@triton.jit
+@jit
 def load_depths(row_ptr, chunk, num_tokens, peak, temperature, CHUNK: tl.constexpr):
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(row_ptr + tokens, mask=tokens < num_tokens, other=float("-inf"))
@@ -54,7 +54,7 @@ def load_depths(row_ptr, chunk, num_tokens, peak, temperature, CHUNK: tl.constex
     return depths
 
 
-@triton.jit
+@jit
 def measure(
     row_ptr,
     peaks_ptr,
@@ -85,18 +85,18 @@ def measure(
     return tl.sum(_joined(sums), 0)
 
 
-@triton.jit
+@jit
 def store_counts(sums_ptr, counts, ROUND: tl.constexpr):
     """Add what a thread block counted to what the others of a row did."""
     tl.atomic_add(sums_ptr + PIVOTS * ROUND + tl.arange(0, PIVOTS), counts, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _at(values, place):
     return tl.sum(tl.where(tl.arange(0, PIVOTS) == place, values, 0), 0)
 
 
-@triton.jit
+@jit
 def narrowed(part, step, counts, limit):
     """The part of ``(low, high, count above low, count above high)`` with the cut."""
     low, high, count_low, _ = part
@@ -112,19 +112,19 @@ def narrowed(part, step, counts, limit):
     )
 
 
-@triton.jit
+@jit
 def _start(bound):
     """All that ``min_p`` leaves; how much that is is not known."""
     none = bound * 0
     return (none, bound + 1, none, none)
 
 
-@triton.jit
+@jit
 def num_inside(part):
     return part[3] - part[2]
 
 
-@triton.jit
+@jit
 def _after(sums_ptr, bound, limit, NUM_ROUNDS: tl.constexpr):
     """The part that rounds leave, and whether there is more than the limit."""
     places = tl.arange(0, PIVOTS)
@@ -138,7 +138,7 @@ def _after(sums_ptr, bound, limit, NUM_ROUNDS: tl.constexpr):
     return part, is_open
 
 
-@triton.jit
+@jit
 def _limited_by_peaks(bound, limit, peaks_ptr, num_chunks, peak, temperature, CHUNKS: tl.constexpr):
     """A depth beyond which no token stays, because ``limit`` chunks have one that is not as deep."""
     chunks = tl.arange(0, CHUNKS)
@@ -150,7 +150,7 @@ def _limited_by_peaks(bound, limit, peaks_ptr, num_chunks, peak, temperature, CH
     return tl.minimum(bound, depth)
 
 
-@triton.jit
+@jit
 def opening(
     sums_ptr,
     bound,

@@ -1,7 +1,8 @@
 """What lies between the two matrix products of an expert, as kernels compute it: in float32."""
 
-import triton
 import triton.language as tl
+
+from nanoflow_compiler.kernels.jit import jit
 
 __all__ = ["KNOWN", "activated", "clamped_swiglu"]
 
@@ -15,13 +16,13 @@ _LIMIT = tl.constexpr(7.0)
 _SLOPE = tl.constexpr(1.702)
 
 
-@triton.jit
+@jit
 def _relu(x):
     """Keeps what is no number, which a maximum would not."""
     return tl.where(x < 0, 0.0, x)
 
 
-@triton.jit
+@jit
 def activated(x, NAME: tl.constexpr):
     if NAME == "silu":
         x = x * tl.sigmoid(x)
@@ -37,7 +38,7 @@ def activated(x, NAME: tl.constexpr):
     return x
 
 
-@triton.jit
+@jit
 def clamped_swiglu(gate, up):
     gate = tl.where(gate > _LIMIT, _LIMIT, gate)
     up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))

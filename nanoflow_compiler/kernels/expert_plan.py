@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_compiler.kernels.jit import jit
+
 __all__ = ["TILE_FIELDS", "ExpertTiles", "is_expert", "most_tiles", "plan_tiles"]
 
 TILE_FIELDS = tl.constexpr(3)
@@ -70,19 +72,19 @@ def plan_tiles(top_k_index: Tensor, *, num_experts: int, rows: int) -> ExpertTil
     return ExpertTiles(pairs, tiles, rows, top_k_index.shape[1])
 
 
-@triton.jit
+@jit
 def is_expert(chosen, NUM_EXPERTS: tl.constexpr):
     return (chosen >= 0) & (chosen < NUM_EXPERTS)
 
 
-@triton.jit
+@jit
 def _load_experts(chosen_ptr, pairs, num_pairs, NUM_EXPERTS: tl.constexpr):
     """Of some pairs; all that is no expert is the one past the last."""
     chosen = tl.load(chosen_ptr + pairs, mask=pairs < num_pairs, other=NUM_EXPERTS)
     return tl.where(is_expert(chosen, NUM_EXPERTS), chosen, NUM_EXPERTS).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
+@jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _plan(
     chosen_ptr,
     pairs_ptr,

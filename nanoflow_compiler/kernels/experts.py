@@ -15,6 +15,7 @@ from nanoflow_compiler.experts import ExpertWeights, activate
 from nanoflow_compiler.kernels.expert_math import KNOWN
 from nanoflow_compiler.kernels.expert_plan import ExpertTiles, is_expert, plan_tiles
 from nanoflow_compiler.kernels.grouped_gemm import Activation, Matrices, Tiling, multiply_tiles
+from nanoflow_compiler.kernels.jit import jit
 
 __all__ = ["run_experts"]
 
@@ -74,7 +75,7 @@ def _weighted_sums(
     return out
 
 
-@triton.jit
+@jit
 def _add_up(
     results_ptr,
     chosen_ptr,

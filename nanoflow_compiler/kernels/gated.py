@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_compiler.kernels.expert_math import activated
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pdl import launch, take_turn
 
 __all__ = ["GATES", "can_gate", "gate_rows", "gated"]
@@ -49,14 +50,14 @@ def gate_rows(
     return out
 
 
-@triton.jit
+@jit
 def gated(gate, up, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
     """In float32, of float32, rounded where a model that runs in ``dtype`` rounds."""
     factor = activated(gate.to(dtype).to(tl.float32), ACTIVATION)
     return factor.to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _gate(
     gate_up_ptr,
     row_stride,

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kernels.expert_math import KNOWN
 from nanoflow_compiler.kernels.gemm_math import finish, gate_and_up, tile_at
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.sm_budget import current_sms
 
 __all__ = [
@@ -266,7 +267,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "depth"])
+@jit(do_not_specialize=["num_rows", "num_columns", "depth"])
 def _multiply(
     x,
     weight,

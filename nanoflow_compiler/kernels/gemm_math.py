@@ -1,14 +1,14 @@
 """What a GEMM does around its main loop: which tile comes next, and what is made of a tile's sums."""
 
-import triton
 import triton.language as tl
 
 from nanoflow_compiler.kernels.expert_math import activated
+from nanoflow_compiler.kernels.jit import jit
 
 __all__ = ["finish", "gate_and_up", "tile_at"]
 
 
-@triton.jit
+@jit
 def tile_at(place, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     """Its row and column in the grid of tiles: ``GROUP`` of a column, then as many of the next.
 
@@ -21,7 +21,7 @@ def tile_at(place, num_row_tiles, num_column_tiles, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
+@jit
 def gate_and_up(sums, BLOCK: tl.constexpr):
     """Of columns that alternate: ``BLOCK`` of the gate, then ``BLOCK`` of up. Both stay in a thread."""
     half: tl.constexpr = sums.shape[1] // 2
@@ -30,7 +30,7 @@ def gate_and_up(sums, BLOCK: tl.constexpr):
     return gate.reshape(sums.shape[0], half), up.reshape(sums.shape[0], half)
 
 
-@triton.jit
+@jit
 def _cut(sums, PIECES: tl.constexpr):
     """From left to right; no value leaves its thread."""
     if PIECES == 1:
@@ -41,14 +41,14 @@ def _cut(sums, PIECES: tl.constexpr):
         return _cut(left, PIECES // 2) + _cut(right, PIECES // 2)
 
 
-@triton.jit
+@jit
 def _with_bias(sums, bias_ptr, column, num_columns):
     columns = column + tl.arange(0, sums.shape[1])
     bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
     return sums + bias.to(tl.float32)[None, :]
 
 
-@triton.jit
+@jit
 def finish(
     out,
     residual,

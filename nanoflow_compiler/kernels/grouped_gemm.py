@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_compiler.kernels.expert_math import activated, clamped_swiglu
 from nanoflow_compiler.kernels.expert_plan import TILE_FIELDS, ExpertTiles
+from nanoflow_compiler.kernels.jit import jit
 
 __all__ = ["TILINGS", "Activation", "Matrices", "Tiling", "can_describe", "multiply_tiles"]
 
@@ -167,7 +168,7 @@ def _descriptor(matrices: Matrices, columns: int, depth: int) -> Any:
     return TensorDescriptor.from_tensor(matrices.stacked, matrices.block(columns, depth))
 
 
-@triton.jit
+@jit
 def _tile_and_block(program, num_tiles, num_blocks):
     """Of a group of tiles, first all for one block of columns."""
     group = program // (_GROUP * num_blocks)
@@ -177,7 +178,7 @@ def _tile_and_block(program, num_tiles, num_blocks):
     return first + within % size, within // size
 
 
-@triton.jit
+@jit
 def _load_matrix(
     matrix,
     expert_stride,
@@ -210,12 +211,12 @@ def _load_matrix(
     return block
 
 
-@triton.jit
+@jit
 def _load_bias(bias_ptr, columns, is_column):
     return tl.load(bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@jit(do_not_specialize=["num_tiles"])
 def _multiply(
     x_ptr,
     x_row_stride,

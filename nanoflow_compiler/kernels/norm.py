@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pdl import launch, let_next_begin, wait
 
 __all__ = ["RmsNorm", "can_norm", "normed", "rms_norm"]
@@ -88,7 +89,7 @@ def _num_warps(num_rows: int, num_columns: int) -> int:
     return min(max(num_columns // columns_per_warp, 1), _MOST_WARPS)
 
 
-@triton.jit
+@jit
 def normed(
     x, factor, weight, dtype: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_LAST: tl.constexpr
 ):
@@ -102,7 +103,7 @@ def normed(
     return (x * weight).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _norm(
     x_ptr,
     x_row_stride,

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels import decode_plan
 from nanoflow_compiler.kernels.decode_plan import SPLIT_FIELDS, Int32s, plan_decode
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pages import (
     LEAST_SIDE,
     LOG2E,
@@ -191,7 +192,7 @@ _PIECES = 8
 """Of a split request, that are merged together."""
 
 
-@triton.jit
+@jit
 def _read_pages(
     query_ptr,
     query_row_stride,
@@ -336,7 +337,7 @@ def _read_pages(
                 )
 
 
-@triton.jit
+@jit
 def _merge(
     sums_ptr,
     stats_ptr,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanoflow_compiler.attention_plan import Requests, Visibility
 from nanoflow_compiler.kernels import prefill_plan
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pages import (
     LEAST_SIDE,
     LOG2E,
@@ -217,13 +218,13 @@ def attend_prompts(
     )
 
 
-@triton.jit
+@jit
 def _item(turn, cta, num_ctas):
     """To and fro: who had the longest item of a turn has the shortest of the next."""
     return turn * num_ctas + tl.where(turn % 2 == 0, cta, num_ctas - 1 - cta)
 
 
-@triton.jit
+@jit
 def _mask(scores, positions, first_keys, page, shift, PAGE: tl.constexpr):
     """Without those of what a row does not see, as of tokens that were read from before the page."""
     keys = page * PAGE + shift + tl.arange(0, PAGE)
@@ -232,12 +233,12 @@ def _mask(scores, positions, first_keys, page, shift, PAGE: tl.constexpr):
     return tl.where(is_seen, scores, float("-inf"))
 
 
-@triton.jit
+@jit
 def _cap(scores, softcap):
     return softcap * (2 * tl.sigmoid(2 * scores) - 1)
 
 
-@triton.jit
+@jit
 def _add_values(sums, factor, weights, values, place, shift, IS_EXACT: tl.constexpr):
     """The sums of a row, those before times ``factor``, and the values of a page by their weights."""
     precision: tl.constexpr = "ieee" if IS_EXACT else "tf32"
@@ -246,7 +247,7 @@ def _add_values(sums, factor, weights, values, place, shift, IS_EXACT: tl.conste
     return tl.dot(weights, value, sums * factor[:, None], input_precision=precision)
 
 
-@triton.jit(do_not_specialize=["window", "chunk"])
+@jit(do_not_specialize=["window", "chunk"])
 def _attend_tiles(
     query_ptr,
     query_row_stride,

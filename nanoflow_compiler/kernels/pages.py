@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kv_cache import BLOCK_SIZE
 
 __all__ = ["LEAST_SIDE", "LOG2E", "add_sink", "descriptor", "launch", "width"]
@@ -39,7 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return launcher
 
 
-@triton.jit
+@jit
 def add_sink(greatest, normaliser, sums, sink):
     """A sink, a logit, takes part in the normaliser and has no value."""
     sink = sink.to(tl.float32) * _LOG2E

@@ -37,9 +37,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.sm_budget import is_alone
 
 __all__ = [
@@ -77,28 +77,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *, pdl: bool) -> Callable[..., No
     return partial(kernel[grid], PDL=pdl, **options)
 
 
-@triton.jit
+@jit
 def wait(PDL: tl.constexpr):
     """Until all kernels before this one have ended."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@jit
 def let_next_begin(PDL: tl.constexpr):
     """A hint; the next kernel still waits for the end of this one before it reads anything of it."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
+@jit
 def take_turn(PDL: tl.constexpr):
     """What a kernel begins with that has nothing to do before its wait."""
     let_next_begin(PDL)
     wait(PDL)
 
 
-@triton.jit
+@jit
 def prefetch_rows(
     ptr,
     row_stride,

@@ -6,10 +6,10 @@ Where they reach ``top_p`` of the whole, only tokens less deep than the winner c
 A draw is refused with a probability of 1 - ``top_p`` at most.
 """
 
-import triton
 import triton.language as tl
 
 from nanoflow_compiler.kernels.cut_parts import load_depths
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.token_math import (
     NOWHERE,
     log_arrivals,
@@ -26,27 +26,27 @@ _WEIGHT = tl.constexpr((1 << 52) - 1)
 _NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@jit
 def load_chunk(row_ptr, chunk, num_tokens, CHUNK: tl.constexpr):
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(row_ptr + tokens, mask=tokens < num_tokens, other=float("-inf"))
     return tokens, logits.to(tl.float32)
 
 
-@triton.jit
+@jit
 def first_best(values, tokens):
     """The greatest value, and the first token that has it."""
     value = tl.max(values, 0)
     return value, tl.min(tl.where(values == value, tokens, _NO_TOKEN), 0)
 
 
-@triton.jit
+@jit
 def depth_of(row_ptr, token, peak, temperature):
     _, depth = scaled_depths(tl.load(row_ptr + token).to(tl.float32), peak, temperature)
     return depth
 
 
-@triton.jit
+@jit
 def race(
     row_ptr,
     peaks_ptr,
@@ -78,7 +78,7 @@ def race(
     return first_best(best, winners)
 
 
-@triton.jit
+@jit
 def weigh(
     row_ptr,
     peaks_ptr,
@@ -113,7 +113,7 @@ def weigh(
     return tl.sum(aboves, 0), tl.sum(wholes & _WEIGHT, 0), tl.sum(wholes >> _COUNT, 0)
 
 
-@triton.jit
+@jit
 def share_to_keep(whole, count, limit, bound, top_p):
     """Tokens stay while what is above them weighs less. Of equal tokens some may be beyond the limit."""
     surplus = tl.maximum(count - limit, 0) * weights_at(bound)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.pdl import launch, take_turn
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, HeadPages
 
@@ -108,7 +109,7 @@ def rotate_and_append(
     return out
 
 
-@triton.jit
+@jit
 def _rotate_heads(
     from_ptr,
     to_ptr,
@@ -146,12 +147,12 @@ def _rotate_heads(
         tl.store(to_ptr + to_places + rest[None, :], same, mask=is_rest)
 
 
-@triton.jit
+@jit
 def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _rotate(
     query_ptr,
     query_row_stride,

@@ -5,10 +5,10 @@ how far memory is. There is no second pass to add up pieces, so a result never d
 it. Before it waits for the kernel before it, it asks the second-level cache for what it will read first.
 """
 
-import triton
 import triton.language as tl
 
 from nanoflow_compiler.kernels.gated import gated
+from nanoflow_compiler.kernels.jit import jit
 from nanoflow_compiler.kernels.norm import normed
 from nanoflow_compiler.kernels.pdl import let_next_begin, prefetch_rows, wait
 
@@ -18,7 +18,7 @@ _NORM_ELEMENTS = tl.constexpr(4096)
 """Of rows, that are squared together."""
 
 
-@triton.jit
+@jit
 def _prefetch(
     weight_ptr,
     weight_row_stride,
@@ -45,7 +45,7 @@ def _prefetch(
         )
 
 
-@triton.jit
+@jit
 def _store(
     sums,
     up_sums,
@@ -82,7 +82,7 @@ def _store(
     tl.store(out_ptr + rows * out_row_stride + columns[None, :], sums.to(dtype), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def dot_products(
     x_ptr,
     x_row_stride,
@@ -159,7 +159,7 @@ def dot_products(
     )
 
 
-@triton.jit
+@jit
 def _norm_factors(
     x_ptr, x_row_stride, rows, num_rows, depth, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -174,7 +174,7 @@ def _norm_factors(
     return tl.rsqrt(tl.sum(squares, 1) / depth + eps)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def add_products(
     x_ptr,
     x_row_stride,

@@ -5,8 +5,9 @@ same bits as on a CPU. It is never above zero, so the bits of its magnitude, rea
 tokens: this is a token's *depth*, 0 for the most likely one.
 """
 
-import triton
 import triton.language as tl
+
+from nanoflow_compiler.kernels.jit import jit
 
 __all__ = [
     "FARTHEST",
@@ -26,19 +27,19 @@ NOWHERE = tl.constexpr(0x7F800000)
 """The depth of a token that is masked; that of NaN is greater still."""
 
 
-@triton.jit
+@jit
 def is_limited(temperature, limit, num_tokens):
     """Whether a row is drawn and ``top_k`` may take something from it."""
     return (temperature > 0) & (limit > 1) & (limit < num_tokens)
 
 
-@triton.jit
+@jit
 def farthest_depth(least):
     """The depth up to which ``min_p`` keeps tokens that may win."""
     return tl.minimum(least.to(tl.int32, bitcast=True) & 0x7FFFFFFF, FARTHEST)
 
 
-@triton.jit
+@jit
 def row_peak(peaks_ptr, num_chunks, CHUNKS: tl.constexpr):
     """The greatest logit of a row, from those of its chunks."""
     chunks = tl.arange(0, CHUNKS)
@@ -46,21 +47,21 @@ def row_peak(peaks_ptr, num_chunks, CHUNKS: tl.constexpr):
     return tl.max(peaks, 0)
 
 
-@triton.jit
+@jit
 def scaled_depths(logits, peak, temperature):
     """Scaled logits, and their depths; what is no number lies deeper than all numbers."""
     scaled = tl.math.div_rn(logits - peak, temperature)
     return scaled, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
+@jit
 def weights_at(depths):
     """Integers, so that their sums are exact in any order; 2**40 at depth 0."""
     scaled = -depths.to(tl.float32, bitcast=True)
     return (tl.exp(scaled) * 1099511627776.0).to(tl.int64)
 
 
-@triton.jit
+@jit
 def log_arrivals(tokens, low, high):
     """Logarithms of exponentially distributed times, from the same bits as ``engine.noise`` has."""
     x = (tokens.to(tl.uint32) * 0x9E3779B1) ^ low

@@ -1,21 +1,24 @@
 """Compiles our kernels for a model into Triton's cache, in a process of its own that sees no GPU.
 
 ``python -m nanoflow_compiler.kernels.warm JSON``, with the fields of :class:`Warmup`. Each kernel is called as
-a step calls it, on tensors of a CPU that nobody reads: Triton compiles for what it is told the GPU is, and
-launches nothing. What is not guessed right is compiled when a step first launches it.
+a step calls it, on tensors of a CPU that nobody reads. The calls are noted down, and processes that
+share them compile what each would launch, for what Triton is told the GPU is: its front end is Python, so
+that threads would wait for each other. What is not guessed right is compiled when a step first launches it.
 """
 
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime._async_compile import AsyncCompileMode
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -27,6 +30,7 @@ from nanoflow_compiler.kernel_warmup import AttentionLayer, Warmup
 from nanoflow_compiler.kernels import few_rows, gemm
 from nanoflow_compiler.kernels.append import append_pages
 from nanoflow_compiler.kernels.choose import choose_tokens
+from nanoflow_compiler.kernels.gated import gate_rows
 from nanoflow_compiler.kernels.norm import RmsNorm, rms_norm
 from nanoflow_compiler.kernels.paged_decode import attend_pages, reads_with_room
 from nanoflow_compiler.kernels.paged_prefill import attend_prompts, prompts_with_room
@@ -39,24 +43,58 @@ __all__ = ["compile_kernels"]
 _NUM_ROWS = (16, 1024)
 """Of logits: few and many, which are spread differently."""
 _NUM_TOKENS = 16
-_NUM_THREADS = 6
+_ACTIVATION = "silu"
+"""Of gates, as almost every model has it."""
+_MOST_PROCESSES = 8
+
+CompileFn = Callable[[], Any]
+"""Returns the compiled kernel."""
 
 
-def compile_kernels(warmup: Warmup) -> None:
-    """All kernels of a step of this model, several at a time."""
-    with (
-        _compiling_only(GPUTarget("cuda", warmup.capability, 32)),
-        ThreadPoolExecutor(_NUM_THREADS) as threads,
-        AsyncCompileMode(threads, ignore_errors=True),
-    ):
-        for layer in warmup.layers:
-            _attend(layer)
-        for num_rows in _NUM_ROWS:
-            _choose(num_rows, warmup)
-            _normalise(num_rows, warmup)
-        for measured in table_of(warmup.device_name).measured():
-            if measured.shape.dtype == warmup.dtype:
-                _multiply(measured, warmup)
+def compile_kernels(warmup: Warmup) -> bool:
+    """All kernels of a step of this model, several at a time; whether all went well."""
+    driver.set_active(_NoGpu(GPUTarget("cuda", warmup.capability, 32)))
+    with _noted_calls() as calls:
+        _call_kernels(warmup)
+    number = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    forked = multiprocessing.get_context("fork")
+    processes = [
+        forked.Process(target=_compile_all, args=(calls[at::number],)) for at in range(number)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return not any(process.exitcode for process in processes)
+
+
+def _compile_all(calls: Sequence[CompileFn]) -> None:
+    """As many as can be; the last error is the exit's."""
+    errors = [error for error in map(_error_of, calls) if error]
+    if errors:
+        sys.exit(str(errors[-1]))
+
+
+def _error_of(compile_kernel: CompileFn) -> Exception | None:
+    try:
+        kernel = compile_kernel()
+        # C code that takes arguments from Python, built when a kernel is first launched.
+        CudaLauncher(kernel.src, kernel.metadata)
+    except Exception as error:  # whatever Triton trips over, a step may do without
+        return error
+    return None
+
+
+def _call_kernels(warmup: Warmup) -> None:
+    for layer in warmup.layers:
+        _attend(layer)
+    for num_rows in _NUM_ROWS:
+        _choose(num_rows, warmup)
+        _normalise(num_rows, warmup)
+    _gate(warmup)
+    for measured in table_of(warmup.device_name).measured():
+        if measured.shape.dtype == warmup.dtype:
+            _multiply(measured, warmup)
 
 
 class _NoGpu:
@@ -76,17 +114,17 @@ class _NoGpu:
 
 
 @contextmanager
-def _compiling_only(target: GPUTarget) -> Iterator[None]:
+def _noted_calls() -> Iterator[list[CompileFn]]:
     run = JITFunction.run
+    calls: list[CompileFn] = []
 
-    def compiled(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+    def noted(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         del warmup
-        return run(self, *args, warmup=True, **kwargs)
+        calls.append(partial(run, self, *args, warmup=True, **kwargs))
 
-    JITFunction.run = compiled
-    driver.set_active(_NoGpu(target))
+    JITFunction.run = noted
     try:
-        yield
+        yield calls
     finally:
         JITFunction.run = run
 
@@ -131,6 +169,12 @@ def _normalise(num_rows: int, warmup: Warmup) -> None:
     rms_norm(rows, RmsNorm(rows[0], 1e-5), pdl=True)
 
 
+def _gate(warmup: Warmup) -> None:
+    """For products whose gate is not in their epilogue; of their width only its alignment counts."""
+    product = torch.empty(_NUM_TOKENS, 2 * warmup.hidden_size, dtype=getattr(torch, warmup.dtype))
+    gate_rows(product, activation=_ACTIVATION, pdl=True)
+
+
 def _multiply(measured: Measured, warmup: Warmup) -> None:
     """What a table has of linears that read or write the hidden states of this model."""
     shape, tiling = measured.shape, dict(measured.choice.tiling)
@@ -143,13 +187,13 @@ def _multiply(measured: Measured, warmup: Warmup) -> None:
     match measured.choice.implementation, shape.op:
         case "few_rows", "gated_linear":
             few = few_rows.FewRowsTiling(**tiling)
-            few_rows.multiply_gated(x, weight, activation="silu", tiling=few, pdl=True)
+            few_rows.multiply_gated(x, weight, activation=_ACTIVATION, tiling=few, pdl=True)
         case "few_rows", op:
             few = few_rows.FewRowsTiling(**tiling)
             added = residual if op == "linear_add" else None
             few_rows.multiply(x, weight, residual=added, out=added, tiling=few, pdl=True)
         case "persistent", "gated_linear":
-            gemm.multiply_gated(x, weight.t(), activation="silu", tiling=_tiling(tiling))
+            gemm.multiply_gated(x, weight.t(), activation=_ACTIVATION, tiling=_tiling(tiling))
         case "persistent", op:
             added = residual if op == "linear_add" else None
             gemm.multiply(x, weight.t(), residual=added, out=added, tiling=_tiling(tiling))
@@ -162,4 +206,4 @@ def _tiling(given: dict[str, Any]) -> gemm.GemmTiling | None:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     layers = tuple(AttentionLayer(**layer) for layer in given.pop("layers"))
-    compile_kernels(Warmup(layers=layers, **given))
+    sys.exit(not compile_kernels(Warmup(layers=layers, **given)))
