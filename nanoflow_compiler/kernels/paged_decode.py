@@ -193,6 +193,64 @@ _PIECES = 8
 
 
 @jit
+def _merge(
+    sums_ptr,
+    stats_ptr,
+    split_ptr,
+    out_ptr,
+    sinks_ptr,
+    kv_head,
+    GROUP: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """All pieces of a split request, for the heads of a KV head."""
+    row = tl.load(split_ptr).to(tl.int64)
+    first_slot = tl.load(split_ptr + 1)
+    first = tl.load(split_ptr + 2)
+    last = tl.load(split_ptr + 3)
+    members = tl.arange(0, GROUP_ROWS)
+    heads = kv_head * GROUP + members
+    is_head = members < GROUP
+    dims = tl.arange(0, V_WIDTH)
+    greatest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
+    normaliser = tl.zeros([GROUP_ROWS], tl.float32)
+    sums = tl.zeros([GROUP_ROWS, V_WIDTH], tl.float32)
+    for start in range(first, last + 1, PIECES):
+        shares = start + tl.arange(0, PIECES)
+        slots = tl.where(shares == first, first_slot, 2 * shares)
+        pieces = slots[:, None] * NUM_HEADS + heads[None, :]
+        is_piece = (shares <= last)[:, None] & is_head[None, :]
+        # Others wrote them while this kernel ran: not through a cache that does not know.
+        peaks = tl.load(
+            stats_ptr + pieces * 2, mask=is_piece, other=float("-inf"), cache_modifier=".cg"
+        )
+        parts = tl.load(stats_ptr + pieces * 2 + 1, mask=is_piece, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            sums_ptr + pieces[:, :, None] * V_DIM + dims[None, None, :],
+            mask=is_piece[:, :, None] & (dims < V_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        raised = tl.maximum(greatest, tl.max(peaks, 0))
+        factors = tl.exp2(peaks - raised[None, :])
+        factor = tl.exp2(greatest - raised)
+        normaliser = normaliser * factor + tl.sum(parts * factors, 0)
+        sums = sums * factor[:, None] + tl.sum(values * factors[:, :, None], 0)
+        greatest = raised
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
+        normaliser, sums = add_sink(greatest, normaliser, sums, sink)
+    places = (row * NUM_HEADS + heads)[:, None] * V_DIM + dims[None, :]
+    result = (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, result, mask=is_head[:, None] & (dims < V_DIM)[None, :])
+
+
+@jit
 def _read_pages(
     query_ptr,
     query_row_stride,
@@ -335,61 +393,3 @@ def _read_pages(
                     GROUP_ROWS,
                     PIECES,
                 )
-
-
-@jit
-def _merge(
-    sums_ptr,
-    stats_ptr,
-    split_ptr,
-    out_ptr,
-    sinks_ptr,
-    kv_head,
-    GROUP: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_WIDTH: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """All pieces of a split request, for the heads of a KV head."""
-    row = tl.load(split_ptr).to(tl.int64)
-    first_slot = tl.load(split_ptr + 1)
-    first = tl.load(split_ptr + 2)
-    last = tl.load(split_ptr + 3)
-    members = tl.arange(0, GROUP_ROWS)
-    heads = kv_head * GROUP + members
-    is_head = members < GROUP
-    dims = tl.arange(0, V_WIDTH)
-    greatest = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
-    normaliser = tl.zeros([GROUP_ROWS], tl.float32)
-    sums = tl.zeros([GROUP_ROWS, V_WIDTH], tl.float32)
-    for start in range(first, last + 1, PIECES):
-        shares = start + tl.arange(0, PIECES)
-        slots = tl.where(shares == first, first_slot, 2 * shares)
-        pieces = slots[:, None] * NUM_HEADS + heads[None, :]
-        is_piece = (shares <= last)[:, None] & is_head[None, :]
-        # Others wrote them while this kernel ran: not through a cache that does not know.
-        peaks = tl.load(
-            stats_ptr + pieces * 2, mask=is_piece, other=float("-inf"), cache_modifier=".cg"
-        )
-        parts = tl.load(stats_ptr + pieces * 2 + 1, mask=is_piece, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            sums_ptr + pieces[:, :, None] * V_DIM + dims[None, None, :],
-            mask=is_piece[:, :, None] & (dims < V_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        raised = tl.maximum(greatest, tl.max(peaks, 0))
-        factors = tl.exp2(peaks - raised[None, :])
-        factor = tl.exp2(greatest - raised)
-        normaliser = normaliser * factor + tl.sum(parts * factors, 0)
-        sums = sums * factor[:, None] + tl.sum(values * factors[:, :, None], 0)
-        greatest = raised
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + heads, mask=is_head, other=0.0)
-        normaliser, sums = add_sink(greatest, normaliser, sums, sink)
-    places = (row * NUM_HEADS + heads)[:, None] * V_DIM + dims[None, :]
-    result = (sums / normaliser[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + places, result, mask=is_head[:, None] & (dims < V_DIM)[None, :])

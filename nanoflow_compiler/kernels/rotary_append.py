@@ -110,6 +110,11 @@ def rotate_and_append(
 
 
 @jit
+def _rounded(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@jit
 def _rotate_heads(
     from_ptr,
     to_ptr,
@@ -145,11 +150,6 @@ def _rotate_heads(
         is_rest = is_head & (rest < 2 * HALF + REST)[None, :]
         same = tl.load(from_ptr + from_places + rest[None, :], mask=is_rest, other=0.0)
         tl.store(to_ptr + to_places + rest[None, :], same, mask=is_rest)
-
-
-@jit
-def _rounded(x, dtype: tl.constexpr):
-    return x.to(dtype).to(tl.float32)
 
 
 @jit
