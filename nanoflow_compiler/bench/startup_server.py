@@ -51,12 +51,10 @@ def start_server(given: Mapping[str, Any], *, environment: Sequence[str]) -> dic
 
 def serve_flags(given: Mapping[str, Any]) -> list[str]:
     """The arguments of ``LLM`` as the command line of ``nanoflow serve`` spells them."""
-    flat = {**given, **given["options"]}
-    return [
-        str(flat.pop("model")),
-        *("--served-model-name", NAME),
-        *(word for name, value in flat.items() if name != "options" for word in _flag(name, value)),
-    ]
+    flags = {name: value for name, value in given.items() if name not in ("model", "options")}
+    flags["compile_options"] = given["options"]
+    words = (word for name, value in flags.items() for word in _flag(name, value))
+    return [str(given["model"]), "--served-model-name", NAME, *words]
 
 
 def _flag(name: str, value: object) -> Iterator[str]:

@@ -204,7 +204,7 @@ def test_flags_of_a_server_that_starts():
     assert words == [
         *("m", "--served-model-name", "startup", "--dtype", "auto"),
         *("--hf-overrides", '{"num_hidden_layers": 2}', "--no-enable-prefix-caching"),
-        *("--parts", "2"),
+        *("--compile-options", '{"parts": 2}'),
     ]
     assert "--enforce-eager" in serve_flags(given | {"enforce_eager": True, "options": {}})
 
