@@ -17,17 +17,27 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 
+from nanoflow_compiler.config import cache_dir
 from nanoflow_compiler.graphs import dtype_name
 
 if TYPE_CHECKING:  # the process knows nothing of models, and starts sooner
     from nanoflow_compiler.models.hf import PackedDecoder
 
-__all__ = ["AttentionLayer", "KernelWarmup", "Warmup"]
+__all__ = ["AttentionLayer", "KernelWarmup", "Warmup", "choose_kernel_cache"]
 
 _LOG = logging.getLogger(__name__)
 
 TIMEOUT_S = 20.0
 """For a process that was begun before the model was compiled."""
+
+
+def choose_kernel_cache() -> None:
+    """Where Triton keeps kernels, for this process and those that it starts, unless the user says.
+
+    Inductor chooses for its process when it first compiles, in the middle of a start: what was compiled
+    before, or by another process, would not be found again.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
 
 
 @dataclass(frozen=True, slots=True)

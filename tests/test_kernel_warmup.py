@@ -2,13 +2,19 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict
 
 import pytest
 import torch
 
 from nanoflow_compiler import kernel_warmup
-from nanoflow_compiler.kernel_warmup import AttentionLayer, KernelWarmup, Warmup
+from nanoflow_compiler.kernel_warmup import (
+    AttentionLayer,
+    KernelWarmup,
+    Warmup,
+    choose_kernel_cache,
+)
 from nanoflow_compiler.models.hf import PackedDecoder
 from tiny_models import MAX_LENGTH, llama
 
@@ -43,6 +49,21 @@ def test_a_process_that_takes_too_long_is_ended(monkeypatch, caplog):
     assert warmup._process.returncode is not None
 
 
+def set_no_kernel_cache(monkeypatch):
+    """Set before it is deleted, so that it is deleted again when the test ends."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+
+
+def test_the_cache_of_kernels_is_chosen_once(monkeypatch, tmp_path):
+    set_no_kernel_cache(monkeypatch)
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path))
+    choose_kernel_cache()
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path / "other"))
+    choose_kernel_cache()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
 def test_what_cannot_be_guessed_is_no_error(monkeypatch, caplog):
     def refuse(_) -> tuple[int, int]:
         raise RuntimeError("no such device")
@@ -75,8 +96,8 @@ def test_the_process_compiles_what_a_step_launches(monkeypatch, tmp_path):
     """
     from nanoflow_compiler import LLM, SamplingParams
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path / "nanoflow"))
+    set_no_kernel_cache(monkeypatch)
+    monkeypatch.setenv("NANOFLOW_CACHE", str(tmp_path))
     with LLM("bench-1b", load_format="dummy", device="cuda", max_model_len=256) as llm:
         llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(temperature=0, max_tokens=2))
     for kernel, number in NUM_KEPT.items():

@@ -23,6 +23,7 @@ from nanoflow_compiler.engine.served import Served
 from nanoflow_compiler.engine.step_memory import StepMemory
 from nanoflow_compiler.engine.structured import GrammarCompiler
 from nanoflow_compiler.engine.table import RequestTable
+from nanoflow_compiler.kernel_warmup import choose_kernel_cache
 from nanoflow_compiler.kv_cache import BLOCK_SIZE, KVCache
 from nanoflow_compiler.models.hf import PackedDecoder
 from nanoflow_compiler.models.progress import progress_bar
@@ -64,6 +65,8 @@ def assemble(
     was loaded here stay only where its step holds them.
     """
     device = served.model.device
+    if device.type == "cuda":
+        choose_kernel_cache()
     sizes = config.sizes(longest=served.max_model_len, device_type=device.type)
     with explain_out_of_memory("while the model was compiled"):
         ready = _make_ready(served, sizes, compile_config=compile_config)

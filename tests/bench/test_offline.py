@@ -191,7 +191,7 @@ def test_startup_of_a_server(run):
     flags = "--server --enforce-eager --num-iters-cold 1 --num-iters-warm 0 --device cpu"
     result, report = run("startup", f"{flags} --max-num-seqs 4 --no-enable-prefix-caching")
     (start,) = report["starts"]
-    assert start.keys() == {"caches", "other", "load", "compile", "first_answer", "total"}
+    assert start.keys() == {"caches", "other", "load", "compile", "first_answer", "total", "parts"}
     assert start["total"] == pytest.approx(sum(report["cold_stages"].values()))
     assert all(start[stage] > 0 for stage in ("other", "load", "first_answer"))
     assert "first_answer" in result.stdout
