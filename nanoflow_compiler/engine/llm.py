@@ -1,6 +1,7 @@
 """``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -25,6 +26,9 @@ from nanoflow_compiler.models import Decoder
 from nanoflow_compiler.models.weights import DummyDistribution
 
 __all__ = ["LLM"]
+
+_MOST_ADDED = 256
+"""Prompts between two steps: more than one step begins unless they are tiny, and soon done beside one."""
 
 
 class LLM:
@@ -127,8 +131,8 @@ class LLM:
         for answer in answers:
             for request in answer.requests:
                 core.limits.check(request)
-        self._run(core, answers, on_finished)
-        return [answer.output() for answer in answers]
+        outputs = self._run(core, answers, on_finished)
+        return [outputs[answer.request_id] for answer in answers]
 
     def _answer(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> Answer:
         return self._processor.answer(
@@ -140,23 +144,37 @@ class LLM:
 
     def _run(
         self, core: EngineCore, answers: Sequence[Answer], on_finished: Callable[[int], None]
-    ) -> None:
-        """Until all are finished; whatever stops the loop, none is left in the engine."""
+    ) -> dict[str, RequestOutput]:
+        """Outputs by id, when all are finished; whatever stops the loop, none is left in the engine.
+
+        Prompts are added, and outputs are made, while steps run.
+        """
+        outputs: dict[str, RequestOutput] = {}
+        left = iter(answers)
         try:
-            for answer in answers:
-                self._processor.open(answer)
-                for request in answer.requests:
-                    core.add(request)
             with explain_out_of_memory("in a step"):
-                while core.has_requests:
+                while self._add(core, islice(left, _MOST_ADDED)) or core.has_requests:
                     if (output := core.step()) is not None:
                         grown, stopped = self._processor.process(output)
                         core.abort(stopped)
-                        on_finished(sum(answer.finished for answer in grown))
+                        finished = [answer for answer in grown if answer.finished]
+                        outputs |= {answer.request_id: answer.output() for answer in finished}
+                        on_finished(len(finished))
         finally:
-            left = [key for answer in answers for key in self._processor.close(answer)]
-            if left:
-                core.abort(left)
+            keys = [key for answer in answers for key in self._processor.close(answer)]
+            if keys:
+                core.abort(keys)
+        return outputs
+
+    def _add(self, core: EngineCore, answers: Iterable[Answer]) -> bool:
+        """Whether there were any."""
+        added = False
+        for answer in answers:
+            self._processor.open(answer)
+            for request in answer.requests:
+                core.add(request)
+            added = True
+        return added
 
     def close(self) -> None:
         """Give back the KV cache and the programs; a closed engine accepts no more prompts."""
