@@ -17,7 +17,6 @@ __all__ = [
     "fake_call",
     "form_of",
     "has_effect",
-    "input_tensors",
     "insert_call",
     "is_handle",
     "is_ours",
@@ -78,11 +77,6 @@ def is_size(node: fx.Node) -> bool:
     """Whether the node's value is a number that the host computes from sizes."""
     value = node.meta.get("val")
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
-
-
-def input_tensors(node: fx.Node) -> list[fx.Node]:
-    """The distinct nodes with tensor (or tuple of tensors) values that ``node`` reads."""
-    return [arg for arg in node.all_input_nodes if not is_size(arg)]
 
 
 def size_expr(size: Any) -> sympy.Expr:
