@@ -1,4 +1,4 @@
-"""Frozen settings of the compiler, and the only reader of ``os.environ``."""
+"""Frozen settings of the compiler, and the only reader of the variables of this package."""
 
 import os
 from collections.abc import Mapping

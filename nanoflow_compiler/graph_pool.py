@@ -40,23 +40,28 @@ class GraphPool:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 outputs = launch()
+                graph.capture_end()
             except BaseException:
                 # All that they say is that a capture failed, and that one is empty.
                 with warnings.catch_warnings(action="ignore"):
-                    with suppress(RuntimeError):
-                        graph.capture_end()
-                    _capture_nothing()
-                # The broken capture may still count as recording in there.
-                self._memory = torch.cuda.graph_pool_handle()
+                    self._abandon(graph)
                 raise
-            graph.capture_end()
         return graph, outputs
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed. What it does not end itself, is ended here, or it goes on for good:
+        the allocator's, and that of the generator, from which every draw would be an error.
+        """
+        memory, self._memory = self._memory, torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):  # of an end that came as far as this
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
+        with suppress(RuntimeError):  # of a device that is lost
+            _capture_nothing()
 
 
 def _capture_nothing() -> None:
-    """After a capture that failed, PyTorch's generator counts as captured, and every draw from it is
-    an error, until another capture ends well.
-    """
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local")
     graph.capture_end()

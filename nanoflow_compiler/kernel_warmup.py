@@ -27,6 +27,8 @@ __all__ = ["AttentionLayer", "KernelWarmup", "Warmup", "choose_kernel_cache"]
 
 _LOG = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 2.0
+"""For a process that is told to end; while it imports it does not hear."""
 TIMEOUT_S = 20.0
 """For a process that was begun before the model was compiled."""
 
@@ -37,7 +39,8 @@ def choose_kernel_cache() -> None:
     Inductor chooses for its process when it first compiles, in the middle of a start: what was compiled
     before, or by another process, would not be found again.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+    if "TRITON_HOME" not in os.environ:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +120,12 @@ class KernelWarmup:
         command = [sys.executable, "-m", "nanoflow_compiler.kernels.warm", warmup]
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written to it: its end is that of this process
             stdout=subprocess.DEVNULL,
             stderr=messages,
             # The GPU's memory is divided by what is free: nobody else is to use some for a while.
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-            start_new_session=True,  # it has processes of its own, which end with it
+            start_new_session=True,  # with processes of its own
         )
         return cls(process, messages)
 
@@ -139,7 +142,11 @@ class KernelWarmup:
 
     def close(self) -> None:
         """End the process, and log why it failed if it did."""
-        if self._process.poll() is None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            self._process.wait(_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.wait() > 0:
             self._messages.seek(0)

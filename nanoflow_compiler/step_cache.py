@@ -116,7 +116,7 @@ def _files(compiled: CompiledGraph) -> dict[str, str]:
     """Contents by file name."""
     kernels, layout = compiled.kernels, compiled.binder.layout
     if len(kernels.portable) < len(kernels.sources):
-        raise _NotPortable("a cluster checks sizes, or runs uncompiled")
+        raise _NotPortable("a cluster runs uncompiled, or is more than its text")
     programs = [_codegen(executable) for executable in compiled.executables]
     functions = {name: item for each in programs for name, item in each.names.items()}
     functions |= compiled.binder.names

@@ -103,7 +103,7 @@ def test_model_without_a_template(llm):
 def test_defaults_are_those_of_the_engine(llm):
     run("generate", "m", "--prompt", "x")
     engine = llm.calls[0].engine
-    options = {"parts": "auto"}
+    options = {}
     assert engine == {
         "dtype": "auto",
         "device": "auto",

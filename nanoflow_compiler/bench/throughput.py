@@ -26,7 +26,7 @@ from nanoflow_compiler.models.place import current_device, find_device
 
 __all__ = ["measure_throughput", "throughput_rows"]
 
-DEFAULTS = {"enforce_eager": False, "options": {"parts": "auto"}}
+DEFAULTS = {"enforce_eager": False, "options": {}}
 """The arguments of an engine that no flag has changed."""
 
 Backend = HfBackend | LlmBackend

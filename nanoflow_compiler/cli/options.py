@@ -80,7 +80,9 @@ class StepFlags:
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Do not compile; for comparison.")
     ] = False
-    parts: Annotated[str, typer.Option(help="Nano-batches of each operation, or auto.")] = "auto"
+    parts: Annotated[
+        str | None, typer.Option(help="Nano-batches of each operation, or auto, as without it.")
+    ] = None
     compile_options: Annotated[
         dict[str, Any] | None,
         typer.Option(
@@ -90,12 +92,9 @@ class StepFlags:
 
     def options(self) -> dict[str, Any]:
         """Fields of ``CompileConfig``; a flag of its own wins over ``compile_options``."""
-        parts = int(self.parts) if self.parts.isdecimal() else self.parts
-        return (
-            {"parts": "auto"}
-            | (self.compile_options or {})
-            | ({} if parts == "auto" else {"parts": parts})
-        )
+        is_number = (self.parts or "").isdecimal()
+        parts = int(self.parts or 0) if is_number else self.parts
+        return (self.compile_options or {}) | given(parts=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+from triton.runtime.jit import JITFunction
 
 __all__ = ["jit"]
 
@@ -19,5 +20,6 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return lambda given: jit(given, **options)
     made = triton.jit(function, **options)
-    getattr(made, "cache_key", None)  # computed once; what Triton interprets has none
+    if isinstance(made, JITFunction):  # and nothing that Triton interprets
+        _ = made.cache_key
     return made

@@ -11,14 +11,16 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -46,16 +48,20 @@ _NUM_TOKENS = 16
 _ACTIVATION = "silu"
 """Of gates, as almost every model has it."""
 _MOST_PROCESSES = 8
+_FAILED = "a kernel was not compiled"
 
 CompileFn = Callable[[], Any]
 """Returns the compiled kernel."""
 
 
-def compile_kernels(warmup: Warmup) -> bool:
-    """All kernels of a step of this model, several at a time; whether all went well."""
+def compile_kernels(warmup: Warmup, *, parent: int) -> str | None:
+    """All kernels of a step of this model, several at a time; what went wrong, if anything did.
+
+    It ends early, with its processes, when the other end of ``parent``, a pipe, is closed.
+    """
     driver.set_active(_NoGpu(GPUTarget("cuda", warmup.capability, 32)))
     with _noted_calls() as calls:
-        _call_kernels(warmup)
+        errors = [error for call in _groups(warmup) if (error := _error_of(call))]
     number = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
     forked = multiprocessing.get_context("fork")
     processes = [
@@ -63,9 +69,23 @@ def compile_kernels(warmup: Warmup) -> bool:
     ]
     for process in processes:
         process.start()
+    _wait_for(processes, parent=parent)
+    if errors:
+        return str(errors[-1])
+    return _FAILED if any(process.exitcode for process in processes) else None
+
+
+def _wait_for(processes: Sequence[BaseProcess], *, parent: int) -> None:
+    running = {process.sentinel for process in processes}
+    while running:
+        ended = set(connection.wait([parent, *running]))
+        if parent in ended:
+            for process in processes:
+                process.kill()
+            break
+        running -= ended
     for process in processes:
         process.join()
-    return not any(process.exitcode for process in processes)
 
 
 def _compile_all(calls: Sequence[CompileFn]) -> None:
@@ -75,26 +95,34 @@ def _compile_all(calls: Sequence[CompileFn]) -> None:
         sys.exit(str(errors[-1]))
 
 
-def _error_of(compile_kernel: CompileFn) -> Exception | None:
+def _error_of(call: Callable[[], Any]) -> Exception | None:
     try:
-        kernel = compile_kernel()
-        # C code that takes arguments from Python, built when a kernel is first launched.
-        CudaLauncher(kernel.src, kernel.metadata)
+        kernel = call()
     except Exception as error:  # whatever Triton trips over, a step may do without
         return error
+    if kernel is not None:
+        _build_launcher(kernel)
     return None
 
 
-def _call_kernels(warmup: Warmup) -> None:
+def _build_launcher(kernel: Any) -> None:
+    """C code that takes arguments from Python; where it cannot be had, the first launch says why."""
+    with suppress(Exception):
+        launcher = import_module("triton.backends.nvidia.driver").CudaLauncher
+        launcher(kernel.src, kernel.metadata)
+
+
+def _groups(warmup: Warmup) -> Iterator[Callable[[], None]]:
+    """Calls of kernels, of which each group may fail by itself."""
     for layer in warmup.layers:
-        _attend(layer)
+        yield partial(_attend, layer)
     for num_rows in _NUM_ROWS:
-        _choose(num_rows, warmup)
-        _normalise(num_rows, warmup)
-    _gate(warmup)
+        yield partial(_choose, num_rows, warmup)
+        yield partial(_normalise, num_rows, warmup)
+    yield partial(_gate, warmup)
     for measured in table_of(warmup.device_name).measured():
         if measured.shape.dtype == warmup.dtype:
-            _multiply(measured, warmup)
+            yield partial(_multiply, measured, warmup)
 
 
 class _NoGpu:
@@ -206,4 +234,4 @@ def _tiling(given: dict[str, Any]) -> gemm.GemmTiling | None:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     layers = tuple(AttentionLayer(**layer) for layer in given.pop("layers"))
-    sys.exit(not compile_kernels(Warmup(layers=layers, **given)))
+    sys.exit(compile_kernels(Warmup(layers=layers, **given), parent=sys.stdin.fileno()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanoflow_compiler.engine import lengths
+from nanoflow_compiler.engine import llm as llm_module
 from nanoflow_compiler.engine.llm import LLM
 from nanoflow_compiler.engine.sampling_params import SamplingParams
 from nanoflow_compiler.engine.structured import StructuredOutputsParams
@@ -143,6 +144,23 @@ def test_seeds_hold_in_any_company(llm):
     assert among[0].outputs == alone.outputs
     assert generate(llm, temperature=1.0, seed=6, ignore_eos=True)[1] != alone.outputs[0]
     assert among[1].outputs[0].token_ids != among[2].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("number", [1, 7])
+def test_prompts_that_are_added_between_steps(llm, monkeypatch, number):
+    prompts = [{"prompt_token_ids": list(range(3, 4 + at % 11))} for at in range(24)]
+    params = [
+        SamplingParams(temperature=at % 2, seed=at, n=1 + at % 3, max_tokens=1 + at % 5)
+        for at in range(24)
+    ]
+    expected = llm.generate(prompts, params)
+    monkeypatch.setattr(llm_module, "_MOST_ADDED", number)
+    finished = []
+    found = llm.generate(prompts, params, on_finished=finished.append)
+    assert sum(finished) == len(prompts)
+    for one, other in zip(found, expected, strict=True):
+        assert one.request_id == other.request_id
+        assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
 
 
 def test_the_context_bounds_the_output(llm):

@@ -12,6 +12,7 @@ pytest.importorskip("triton")  # the kernels' modules need it; no kernel runs he
 from nanoflow_compiler.kernels.paged_decode import PageReads, Tiling
 from nanoflow_compiler.kernels.paged_prefill import PromptTiles, PromptTiling
 
+pytestmark = pytest.mark.gpu
 NUM_SHARES = 4
 
 
@@ -25,6 +26,8 @@ def make_plans(num_tokens=8, num_pages=30):
         pages=zeros(num_pages),
         sizes=zeros(2),
         splits=zeros(NUM_SHARES, 4),
+        pieces=zeros(NUM_SHARES, 2) - 1,
+        arrived=zeros(NUM_SHARES, 1),
         visibility=Visibility(),
         num_shares=NUM_SHARES,
         tiling=Tiling(),
@@ -63,10 +66,11 @@ def test_arrays_fit_in_their_memory(counts, contexts):
 
 def test_without_decodes():
     reads, _ = make_plans()
-    blocks, pages, sizes, splits = reads.arrays(make_requests([3, 5], [0, 100]))
+    blocks, pages, sizes, splits, pieces = reads.arrays(make_requests([3, 5], [0, 100]))
     assert len(blocks) == len(pages) == sizes[0] == 0
-    assert (splits[:, 0] < 0).all()
-    assert len(splits) == NUM_SHARES
+    assert not len(splits)
+    assert len(pieces) == NUM_SHARES
+    assert (pieces < 0).all()
 
 
 def test_without_prompts():
@@ -76,9 +80,11 @@ def test_without_prompts():
 
 
 def test_splits_of_a_step_before_are_gone():
-    """Whatever is not split now is marked so: the merging kernel reads every row."""
+    """What is no piece of a request now is marked so, for every share."""
     reads, _ = make_plans()
-    *_, splits = reads.arrays(make_requests([1], [300]))
-    assert (splits[:, 0] >= 0).sum() == 1
-    *_, splits = reads.arrays(make_requests([1], [3]))
-    assert (splits[:, 0] < 0).all()
+    *_, splits, pieces = reads.arrays(make_requests([1], [300]))
+    assert len(splits) == 1
+    assert (pieces >= 0).any()
+    *_, splits, pieces = reads.arrays(make_requests([1], [3]))
+    assert not len(splits)
+    assert (pieces < 0).all()

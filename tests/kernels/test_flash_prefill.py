@@ -16,6 +16,7 @@ pytest.importorskip("triton")  # the kernels' modules need it; no kernel runs he
 
 from nanoflow_compiler.kernels import flash_prefill
 
+pytestmark = pytest.mark.gpu
 NAME = flash_prefill._NAME.format(dim=128)
 
 
@@ -34,7 +35,7 @@ def make_pages(dtype=torch.bfloat16, dim=128):
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
-    monkeypatch.setattr(flash_prefill, "num_sms", lambda _: 4)
+    monkeypatch.setattr(flash_prefill, "current_sms", lambda _: 4)
     flash_prefill._kernel.cache_clear()
     yield
     flash_prefill._kernel.cache_clear()

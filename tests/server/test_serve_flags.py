@@ -171,10 +171,12 @@ def write(tmp_path):
 def test_options_of_the_compiler(serve):
     given = '{"kernels": "aten", "parts": 2, "backend": "reference"}'
     flags = ("m", "--compile-options", given)
-    assert serve("m").engine.options == {"parts": "auto"}
+    assert serve("m").engine.options == {}
     assert serve(*flags).engine.options == json.loads(given)
     expected = {"kernels": "aten", "parts": 4, "backend": "codegen"}
     assert serve(*flags, "--parts", 4, "--backend", "codegen").engine.options == expected
+    expected = {"kernels": "aten", "parts": "auto", "backend": "reference"}
+    assert serve(*flags, "--parts", "auto").engine.options == expected
 
 
 def test_a_file_of_flags(serve, write):
