@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -229,6 +230,28 @@ def test_structured_outputs(llm):
     assert set(texts[:3]) <= {"first one", "second"}
     assert all(re.fullmatch("[a-c]{3}-[0-9]{2}", text) for text in texts[3:6])
     assert all(type(json.loads(text)["a"]) is bool for text in texts[6:])
+
+
+def test_a_slow_grammar_holds_nobody_back(llm, monkeypatch):
+    """Nor those that are not added yet: here it is compiled when another one has finished."""
+    pytest.importorskip("xgrammar", reason="structured outputs need xgrammar")
+    grammars = llm._core.grammars
+    compile_grammar, finished = grammars._compile, threading.Event()
+
+    def compile_late(params):
+        assert finished.wait(20)
+        return compile_grammar(params)
+
+    monkeypatch.setattr(llm_module, "_MOST_ADDED", 1)
+    monkeypatch.setattr(grammars, "_compile", compile_late)
+    structure = StructuredOutputsParams(choice=["one", "other"])
+    settings = [SamplingParams(max_tokens=20, structured_outputs=structure), GREEDY]
+    outputs = llm.generate(
+        as_prompts(make_prompts(3, 4)),
+        settings,
+        on_finished=lambda number: finished.set() if number else None,
+    )
+    assert outputs[0].outputs[0].text in structure.choice
 
 
 def test_a_grammar_that_cannot_be_compiled_is_refused(llm):
