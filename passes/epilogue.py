@@ -9,9 +9,9 @@ the shape of the graph alone, in this order:
 - any other linear becomes ``nanoflow.linear``.
 
 Only where nobody else reads what lies between, and all of it has one type: the operators round as the
-nodes did, but that a GPU may add a residual before it rounds (``fused_ops.linear_add_``). ``module.meta["fusions"]`` gets what was fused, and
-``module.meta["notes"]`` also what looked alike and was not, with the reason. Belongs after ``fuse``
-and before ``axis``.
+nodes did, but that a GPU may add a residual before it rounds (``fused_ops.linear_add_``).
+``module.meta["fusions"]`` gets what was fused, and ``module.meta["notes"]`` also what looked alike and
+was not, with the reason. Belongs after ``fuse`` and before ``axis``.
 """
 
 import operator

@@ -92,8 +92,7 @@ class StepFlags:
 
     def options(self) -> dict[str, Any]:
         """Fields of ``CompileConfig``; a flag of its own wins over ``compile_options``."""
-        is_number = (self.parts or "").isdecimal()
-        parts = int(self.parts or 0) if is_number else self.parts
+        parts = int(self.parts) if self.parts and self.parts.isdecimal() else self.parts
         return (self.compile_options or {}) | given(parts=parts)
 
 

@@ -1,6 +1,6 @@
 """``LLM``: a model and an engine in this process, shaped as vLLM's class of that name."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -153,7 +153,8 @@ class LLM:
         left = iter(answers)
         try:
             with explain_out_of_memory("in a step"):
-                while self._add(core, islice(left, _MOST_ADDED)) or core.has_requests:
+                while (added := list(islice(left, _MOST_ADDED))) or core.has_requests:
+                    self._add(core, added)
                     if (output := core.step()) is not None:
                         grown, stopped = self._processor.process(output)
                         core.abort(stopped)
@@ -166,15 +167,11 @@ class LLM:
                 core.abort(keys)
         return outputs
 
-    def _add(self, core: EngineCore, answers: Iterable[Answer]) -> bool:
-        """Whether there were any."""
-        added = False
+    def _add(self, core: EngineCore, answers: Sequence[Answer]) -> None:
         for answer in answers:
             self._processor.open(answer)
             for request in answer.requests:
                 core.add(request)
-            added = True
-        return added
 
     def close(self) -> None:
         """Give back the KV cache and the programs; a closed engine accepts no more prompts."""

@@ -50,8 +50,7 @@ _ACTIVATION = "silu"
 _MOST_PROCESSES = 8
 _FAILED = "a kernel was not compiled"
 
-CompileFn = Callable[[], Any]
-"""Returns the compiled kernel."""
+CompileFn = Callable[[], None]
 
 
 def compile_kernels(warmup: Warmup, *, parent: int) -> str | None:
@@ -95,18 +94,20 @@ def _compile_all(calls: Sequence[CompileFn]) -> None:
         sys.exit(str(errors[-1]))
 
 
-def _error_of(call: Callable[[], Any]) -> Exception | None:
+def _error_of(call: Callable[[], None]) -> Exception | None:
     try:
-        kernel = call()
+        call()
     except Exception as error:  # whatever Triton trips over, a step may do without
         return error
-    if kernel is not None:
-        _build_launcher(kernel)
     return None
 
 
-def _build_launcher(kernel: Any) -> None:
-    """C code that takes arguments from Python; where it cannot be had, the first launch says why."""
+def _compile(run: Callable[[], Any]) -> None:
+    """The kernel, then the C code that takes its arguments from Python.
+
+    Where that cannot be had, the first launch says why.
+    """
+    kernel = run()
     with suppress(Exception):
         launcher = import_module("triton.backends.nvidia.driver").CudaLauncher
         launcher(kernel.src, kernel.metadata)
@@ -148,7 +149,7 @@ def _noted_calls() -> Iterator[list[CompileFn]]:
 
     def noted(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         del warmup
-        calls.append(partial(run, self, *args, warmup=True, **kwargs))
+        calls.append(partial(_compile, partial(run, self, *args, warmup=True, **kwargs)))
 
     JITFunction.run = noted
     try:
